@@ -17,7 +17,14 @@ from tests.mesh.rpc.fronts.config import FrontsConfig
 
 def _server(config: FrontsConfig, served: service.Service, listen: str) -> Server:
     fast = service.fast_methods(served)
-    return Server(listen, [service.rpc(served)], drain_ms=config.drain_ms, fast_methods=fast)
+    return Server(
+        listen,
+        [service.rpc(served)],
+        drain_ms=config.drain_ms,
+        fast_methods=fast,
+        body_bytes=config.body_bytes,
+        unread_bytes=config.unread_bytes,
+    )
 
 
 async def _run(config: FrontsConfig) -> None:

@@ -281,6 +281,31 @@ def rss_kb(pid: int) -> int:
         return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
 
 
+@pytest.mark.parametrize("transport", ["tcp", "envoy"])
+@pytest.mark.parametrize("tenant", ["", "acme"])
+async def test_a_client_that_takes_what_memory_it_may_leaves_room_to_others_of_its_tenant(
+    make: Make, transport: str, tenant: str
+) -> None:
+    front = make(transport, shoal_fronts_body_bytes=str(4 << 20))
+    await front.until_serving()
+    body, names = bytes(200_000), [("x-shoal-tenant", tenant)] if tenant else []
+    async with front.client() as hog, front.client() as other:
+        order = {"do": "wait", "mark": "hog"}
+        calls = [hog.call("Unary", body, order, metadata=names, timeout=60) for _ in range(40)]
+
+        async def are_refused() -> bool:
+            return sum(call.done() for call in calls) >= 20
+
+        await until(are_refused, "the rest is refused")
+        for _ in range(5):
+            assert await other.call("Unary", body, metadata=names) == body
+        kept = [call for call in calls if not call.done()]
+        assert 4 <= len(kept) <= 20
+        assert {await call.code() for call in calls if call.done()} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        for call in kept:
+            call.cancel()
+
+
 async def test_files_in_the_users_folder_do_no_harm(python: str, run_dir: Path, monkeypatch) -> None:
     for name in ("numpy.py", "grpc.py", "uvloop.py"):
         (run_dir / name).write_text("raise SystemExit('the wrong one')\n")
