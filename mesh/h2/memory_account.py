@@ -1,14 +1,17 @@
 """Account of the bytes that the calls of one server hold, with a limit: of requests, or of unread responses.
 
-    MemoryAccount (a server) <── Share (a connection, or a tenant on it): add, remove
-                             <── TenantShare (a tenant behind Envoy) <── ClientShare (one of its clients)
+    MemoryAccount (a server) <── Share (a tenant behind Envoy) <── ClientShare (one of its clients)
+                             <── Share (a connection, or a tenant on a direct one)
 
 A request counts from its first frame to its end, with the copies that are made of it.
 
-A share may hold at most twice what the account has free (dynamic thresholds, as in the buffers of switches). One holder
-gets two thirds of the limit, and never all of it: the more is held, the less a holder may add. Newcomers find room.
-Clients of a tenant divide its share by the same rule; one alone gets two thirds of the limit, too.
-Only new requests, with their headers and small bodies, and small responses may take more: eight ninths.
+Shares are bounded by what is free (dynamic thresholds, as in the buffers of switches): the more is held, the less a
+holder may add, so newcomers find room. A direct connection may hold twice what the account has free. A tenant behind
+Envoy may hold four times that, and one of its clients five times what the tenant may still add. Each of them gets two
+thirds of the limit when it is alone, and all clients of a tenant together four fifths.
+
+New requests, with their headers and small bodies, and small responses find room beside large ones: a holder may have
+eight times what is free to it. A direct connection, and the clients of a tenant together, get eight ninths.
 """
 
 from __future__ import annotations
@@ -29,12 +32,15 @@ UNREAD_BYTES = 192 << 20
 FREE_FACTOR = 2
 """A share may hold so many times what is free."""
 
+# The same for a tenant behind Envoy, and for a client of what its tenant may still add: 4/5 of 5/6 is two thirds.
 _TENANT_FACTOR, _CLIENT_FACTOR = 4, 5
-"""The same for a tenant behind Envoy, and for a client of what its tenant may still add: 4/5 of 5/6 is two thirds."""
 
 BEGIN_FACTOR = 8
 """A request begins, and a small response waits, while its share holds at most so many times what is free: they find
 room beside large ones."""
+
+MUCH = 4
+"""Any request may begin while its share holds, with it, at most what is free, divided by this."""
 
 
 # Shares of tenants that hold nothing are dropped beyond this number. Each takes 0.2 kB and its name, and an Envoy
@@ -67,20 +73,26 @@ class MemoryAccount:
 
 
 class Share:
-    """Bytes of one holder. Everything that is added is removed once."""
+    """Bytes of one holder. Everything that is added is removed once.
 
-    __slots__ = ("_account", "held")
+    Args:
+        has_clients: the holder is a tenant whose clients divide the share: bytes are added in the share of a client.
+    """
 
-    def __init__(self, account: MemoryAccount) -> None:
+    __slots__ = ("_account", "by_client", "held")
+
+    def __init__(self, account: MemoryAccount, *, has_clients: bool = False) -> None:
         self._account = account
         self.held = 0
+        self.by_client: dict[bytes, int] | None = {} if has_clients else None
+        """Bytes of the clients that hold some, which are `held` together."""
 
     def has_room(self, size: int) -> bool:
         """Return True when `size` bytes more may be held. Nothing always fits: errors and ends carry no bytes."""
         return not size or leaves_room(self.held, size, self.free)
 
     def has_room_beside_large(self, size: int) -> bool:
-        """Return True when a small response of `size` bytes may wait, though large ones have left no room."""
+        """Return True when a request that begins, or a small response, finds room, though large ones leave none."""
         return self.held + size <= BEGIN_FACTOR * (self.free - size)
 
     def fits(self, size: int) -> bool:
@@ -94,8 +106,8 @@ class Share:
         return self._account.limit - self._account.held
 
     def of_client(self, client: bytes) -> Share | ClientShare:
-        """Return the share that counts large bodies and responses of one client: this one, as it has no other."""
-        return self
+        """Return the share of a client, b"" for all services; this one, when it is not divided."""
+        return self if self.by_client is None else ClientShare(self, self.by_client, client)
 
     def add(self, size: int) -> None:
         """Add bytes, whether or not there is room for them."""
@@ -108,33 +120,15 @@ class Share:
         self._account.held -= size
 
 
-class TenantShare(Share):
-    """Bytes of a tenant behind Envoy. Large bodies and responses are counted for its clients, too."""
-
-    __slots__ = ("by_client",)
-
-    def __init__(self, account: MemoryAccount) -> None:
-        super().__init__(account)
-        self.by_client: dict[bytes, int] = {}
-        """Bytes of the clients that hold some."""
-
-    def of_client(self, client: bytes) -> ClientShare:
-        """Return the share of a client; b"" stands for all services."""
-        return ClientShare(self, client)
-
-
 class ClientShare:
-    """Large bodies and responses of one client of a tenant; methods as those of `Share`."""
+    """Bytes of one client of a tenant; methods as those of `Share`."""
 
-    __slots__ = ("_client", "_tenant")
+    __slots__ = ("_by_client", "_client", "_tenant")
 
-    def __init__(self, tenant: TenantShare, client: bytes) -> None:
+    def __init__(self, tenant: Share, by_client: dict[bytes, int], client: bytes) -> None:
         self._tenant = tenant
+        self._by_client = by_client
         self._client = client
-
-    @property
-    def held(self) -> int:
-        return self._tenant.by_client.get(self._client, 0)
 
     def has_room(self, size: int) -> bool:
         return not size or self._has_room(size, _TENANT_FACTOR, _CLIENT_FACTOR)
@@ -143,16 +137,16 @@ class ClientShare:
         return self._has_room(size, BEGIN_FACTOR, BEGIN_FACTOR)
 
     def _has_room(self, size: int, of_free: int, of_room: int) -> bool:
-        tenant = self._tenant
+        tenant, held = self._tenant, self._by_client.get(self._client, 0)
         # What the tenant may add while it holds at most `of_free` times what is free, times `of_free + 1`.
         room = of_free * tenant.free - tenant.held
-        return (of_free + 1) * (self.held + size) <= of_room * (room - (of_free + 1) * size)
+        return (of_free + 1) * (held + size) <= of_room * (room - (of_free + 1) * size)
 
     def fits(self, size: int) -> bool:
         return self._tenant.fits(size)
 
     def add(self, size: int) -> None:
-        by_client = self._tenant.by_client
+        by_client = self._by_client
         by_client[self._client] = held = by_client.get(self._client, 0) + size
         if not held:
             del by_client[self._client]
@@ -191,7 +185,7 @@ class TenantShares:
             for idle in [name for name, share in shares.items() if not share.held]:
                 del shares[idle]
             self._most = max(_MAX_IDLE_SHARES, 2 * len(shares))
-        share = shares[tenant] = TenantShare(self._account) if self._have_clients else self._account.share()
+        share = shares[tenant] = Share(self._account, has_clients=self._have_clients)
         return share
 
     def held_by_tenant(self) -> Iterable[tuple[str, int]]:

@@ -21,8 +21,8 @@ from mesh.h2.credits import SHARED_WINDOW, STEP_BYTES, Credits
 from mesh.h2.frames import ACK, END_STREAM, LARGEST_WINDOW, ConnectionBroken, Reason
 from mesh.h2.headers import LATER, Block, HeaderCache
 from mesh.h2.memory_account import (
-    BEGIN_FACTOR,
     BODY_BYTES,
+    MUCH,
     UNREAD_BYTES,
     ClientShare,
     MemoryAccount,
@@ -95,8 +95,8 @@ class Memory:
 
     An Envoy opens a connection for each of its threads and priorities, and each carries the calls of all tenants. So a
     tenant behind Envoy has one share of each account, over all of them, and all clients without a tenant have one
-    together. Clients of a tenant, by their connection to Envoy, divide its share of large bodies and responses. Calls
-    that services make for themselves count in shares of the connection.
+    together. Clients of a tenant, by their connection to Envoy, divide its share. Calls that services make for
+    themselves count in shares of the connection.
     """
 
     def __init__(self, body_bytes: int = BODY_BYTES, unread_bytes: int = UNREAD_BYTES) -> None:
@@ -228,7 +228,7 @@ class ServerConnection(Peer):
             self._credits.close()
         self._lost, self._streams = [(stream, stream.held) for stream in self._streams.values()], {}
         for stream, _ in self._lost:
-            release(stream)
+            stream.release_all()
         self._end_lost(len(self._lost) if self._is_aborted else self._turns.at_once // _FRAMES_A_STREAM)
         self._unparsed, self._block = b"", None
         for number in tuple(self._later):
@@ -334,9 +334,13 @@ class ServerConnection(Peer):
         # As `TenantShares.of` and `Share.add`: the common case calls no function.
         share = tenants.by_tenant.get(tenant) or tenants.open(tenant)
         size = STREAM_BYTES + block.list_bytes
-        has_room = share.held + size <= BEGIN_FACTOR * (account.limit - account.held - size)
+        free = account.limit - account.held - size
+        key = client or b""
+        has_room = MUCH * (share.held + size) <= free or share.of_client(key).has_room_beside_large(size)
         share.held += size
         account.held += size
+        if (by_client := share.by_client) is not None:
+            by_client[key] = by_client.get(key, 0) + size
         self._streams[number] = stream = ServerStream(self, self._sender, number, block, is_ended, share, size, client)
         self._sender.open(number)
         try:
@@ -588,7 +592,7 @@ class ServerConnection(Peer):
             return
         self._sender.forget(number)
         self._expects_no_more(number)
-        release(stream)
+        stream.release_all()
         disconnect(stream, stream.handler)
         self._close_when_done()
         self._spend(1)
@@ -617,13 +621,16 @@ class ServerConnection(Peer):
         # Handler and stream refer to each other. Unless that ends here, the body waits for Python's garbage collector,
         # which counts objects and not bytes.
         handler, stream.handler = stream.handler, NO_HANDLER
-        # As `release`, for the common case.
-        held, least, stream.held, stream.least_held = stream.held, stream.least_held, 0, 0
-        if held > least:
-            stream.large.remove(held - least)
-            held = least
-        stream.share.held -= held
+        # As `ServerStream.release_all`, for the common case.
+        held, stream.held, stream.least_held = stream.held, 0, 0
+        share = stream.share
+        share.held -= held
         self._bodies.held -= held
+        if (by_client := share.by_client) is not None:
+            key = stream.client or b""
+            by_client[key] = left = by_client[key] - held
+            if not left:
+                del by_client[key]
         if stream.withheld:
             stream.return_withheld()
         if reason is not None:
@@ -699,16 +706,6 @@ def reset(stream: ServerStream) -> None:
         {"event": "stream.handler_failed", "path": stream.head.path},
     )
     stream.reset(Reason.INTERNAL_ERROR)
-
-
-def release(stream: ServerStream) -> None:
-    """Release everything that a stream which has ended still holds."""
-    held, least, stream.held, stream.least_held = stream.held, stream.least_held, 0, 0
-    stream.share.remove(least)
-    if held > least:
-        stream.large.remove(held - least)
-    if stream.withheld:
-        stream.return_withheld()
 
 
 def disconnect(stream: ServerStream, handler: RequestHandler) -> None:

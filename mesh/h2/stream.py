@@ -160,7 +160,8 @@ class ServerStream:
         self.share = share
         """Share of the memory for requests that the request's tenant has, behind Envoy, or else on its connection."""
         self.held = self.least_held = size
-        """Bytes that the share counts for this request, and those of them from its beginning. Both 0 after its end."""
+        """Bytes that the share counts for this request, and those of them from its beginning, which are released last. Both
+        0 after its end."""
         self.number = number
         self.head = head
         """Method, path and headers of the request."""
@@ -185,8 +186,7 @@ class ServerStream:
         return self.share if self.client is None else (self.share, self.client)
 
     @property
-    def large(self) -> Share | ClientShare:
-        """Share that counts what the request takes beside `least_held`: behind Envoy, also for its client."""
+    def _own_share(self) -> Share | ClientShare:
         return self.share.of_client(self.client or b"")
 
     def hold(self, size: int) -> bool:
@@ -213,7 +213,7 @@ class ServerStream:
         A response may take all that is free: its request was admitted, and its memory is free soon.
         Return False, and count nothing, when there is no room, or the stream has ended.
         """
-        share = self.large
+        share = self._own_share
         has_room = share.fits(size) if is_response else share.has_room(size)
         if not has_room or not self._sender.is_open(self.number):
             return False
@@ -226,11 +226,18 @@ class ServerStream:
         if not self.held:
             return
         self.held -= size
-        self.large.remove(size)
+        self._own_share.remove(size)
         # Bytes that withheld no credit are released last.
         if returned := min(size, self.withheld):
             self.withheld -= returned
             self._connection.return_credit(returned)
+
+    def release_all(self) -> None:
+        """Release what the stream holds. Called at its end."""
+        held, self.held, self.least_held = self.held, 0, 0
+        self._own_share.remove(held)
+        if self.withheld:
+            self.return_withheld()
 
     def return_withheld(self) -> None:
         """Give back the credit that was withheld. Called at the end of the stream."""

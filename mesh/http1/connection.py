@@ -18,7 +18,7 @@ from mesh.h2.frames import PREFACE, Reason
 from mesh.h2.headers import LIST_BYTES, Fields
 from mesh.h2.memory_account import Share
 from mesh.h2.peer import READ_BYTES
-from mesh.h2.server_connection import LINGER_S, TENANT, Memory, ServerConnection, disconnect, release
+from mesh.h2.server_connection import LINGER_S, TENANT, Memory, ServerConnection, disconnect
 from mesh.h2.stream import NO_HANDLER, STREAM_BYTES, Application, ServerStream
 from mesh.h2.unread import TICK_S, Unread
 from mesh.http1.requests import BadRequest, Head, RequestReader
@@ -208,7 +208,7 @@ class Http1Connection(asyncio.Protocol):
         self._unparsed = b""
         self._kept.remove(self._kept.held)
         if (stream := self._take_stream()) is not None:
-            release(stream)
+            stream.release_all()
             disconnect(stream, stream.handler)
         self._report_sent()
 
@@ -386,7 +386,7 @@ class Http1Connection(asyncio.Protocol):
         self._unparsed = b""
         stream = self._take_stream()
         if stream is not None:
-            release(stream)
+            stream.release_all()
             disconnect(stream, stream.handler)
         # A response that has begun can only be cut.
         if self._is_chunking:
@@ -494,7 +494,7 @@ class Http1Connection(asyncio.Protocol):
         stream = self._take_stream()
         assert stream is not None, "a request is open"
         stream.handler = NO_HANDLER
-        release(stream)
+        stream.release_all()
         self._is_chunking = False
         self._ticks = 0
         if self._is_closing:

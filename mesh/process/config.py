@@ -52,11 +52,11 @@ class ServiceConfig(BaseModel):
     """Time that the instance continues to serve after it has deregistered, so that every Envoy learns of it."""
     body_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 30)] = 400 << 20
     """Most bytes that all connections hold for requests, unary ones until they are answered, with their headers and
-    decompressed copies. One client gets at most two thirds, one tenant four fifths, and small requests of a tenant
-    eight ninths; beyond it, calls get RESOURCE_EXHAUSTED."""
+    decompressed copies. One client gets at most two thirds, one tenant four fifths, and small requests find room beside
+    them; beyond it, calls get RESOURCE_EXHAUSTED."""
     unread_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 30)] = 192 << 20
     """Most bytes that all connections hold of responses that clients do not read. One client gets at most two thirds,
-    one tenant behind Envoy four fifths, and small responses of a tenant eight ninths; beyond it, calls get
+    one tenant behind Envoy four fifths, and small responses find room beside them; beyond it, calls get
     RESOURCE_EXHAUSTED."""
     metrics: Address | None = None
     """Address of the page of metrics for Prometheus, `/metrics`: a unix socket or a loopback port. Unset: no page."""

@@ -18,7 +18,7 @@ import grpc
 
 from mesh.h2.headers import encode, response_head
 from mesh.h2.server_connection import TENANT
-from mesh.h2.stream import ServerStream
+from mesh.h2.stream import SMALL_BODY, ServerStream
 from mesh.rpc import status, tail_spans
 from mesh.rpc.access import Access
 from mesh.rpc.call_context import CallContext, Metadata
@@ -216,7 +216,7 @@ def _parts(message: Any, serializer: Callable[[Any], bytes]) -> MessageParts:
 
 async def _parsed(messages: _Messages, parsed: Callable[[bytes], Awaitable[Any]]) -> AsyncIterator[Any]:
     while (message := await messages.next()) is not None:
-        size = len(message)
+        size = len(message) if len(message) > SMALL_BODY else 0
         messages.hold(size)
         try:
             request = await parsed(message)
@@ -240,7 +240,9 @@ class _Messages:
         self._encoding = b""
         self._deframer = Deframer(None, 0)
         self._is_single = False
-        self._pieces: deque[tuple[bytes, int]] = deque()
+        # Each with its size, and the bytes that are counted for it.
+        self._pieces: deque[tuple[bytes, int, int]] = deque()
+        self._is_first = True
         # Bytes that the stream holds for the pieces, for a message that a thread works on, for the message that the
         # handler has, and for what the handler itself holds.
         self._queued = self._in_thread = self._kept = self._reserved = 0
@@ -264,9 +266,12 @@ class _Messages:
             # A message begins: it has its own time to arrive, however long the stream was silent.
             if not self._pieces and not self._deframer.holds:
                 self._stream.idle_ticks = 0
-            if self._stream.hold(size + PIECE_OVERHEAD):
-                self._pieces.append((piece, size))
-                self._queued += size + PIECE_OVERHEAD
+            # The first one, if small, is counted with its stream.
+            counted = 0 if self._is_first and size <= SMALL_BODY else size + PIECE_OVERHEAD
+            self._is_first = False
+            if not counted or self._stream.hold(counted):
+                self._pieces.append((piece, size, counted))
+                self._queued += counted
             else:
                 self._fail(no_memory())
         self._changed.set()
@@ -292,6 +297,8 @@ class _Messages:
     def _release(self) -> None:
         """Release what was read. The stream holds nothing any more when it has ended."""
         needed = self._queued + self._deframer.holds + self._in_thread + self._kept + self._reserved
+        if (last := self._stream.kept) is not None:
+            needed += last[2]
         read = self._stream.held - self._stream.least_held - needed
         if read > 0:
             self._stream.release(read)
@@ -339,8 +346,8 @@ class _Messages:
             if self._error is not None:
                 raise self._error
             if self._pieces:
-                piece, size = self._pieces.popleft()
-                self._queued -= size + PIECE_OVERHEAD
+                piece, size, counted = self._pieces.popleft()
+                self._queued -= counted
                 self._stream.consumed(size)
                 self._read = self._deframer.feed(piece)
             elif self._is_ended:

@@ -44,7 +44,7 @@ class InferConfig(ServiceConfig):
     body_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 30)] = 776 << 20
     """Most bytes that the process holds for requests, from the first byte to the response: bodies, decompressed, parsed
     and queued copies, tensors between the steps of an ensemble, responses that are being written. One client
-    gets at most two thirds, one tenant four fifths, and small requests of a tenant eight ninths; beyond it, calls get
+    gets at most two thirds, one tenant four fifths, and small requests find room beside them; beyond it, calls get
     RESOURCE_EXHAUSTED. The default admits one request and one response of 128 MiB at once, with their copies."""
     memory_bytes: Annotated[int, Field(ge=1 << 30)] | None = None
     """Most private memory that the process, and each model process, may allocate: a run that needs more fails with

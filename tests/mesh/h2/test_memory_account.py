@@ -134,14 +134,16 @@ def shares_hold(*fronts: Front) -> tuple[int, int]:
         bodies += tenants.by_tenant.values()
     unread += memory.unread_of_tenants.by_tenant.values()
     streams = [stream for connection in connections for stream in connection._streams.values()]
+    assert all(stream.held >= stream.least_held + (stream.kept or (b"", 0, 0))[2] for stream in streams)
     for tenant in memory.tenants.by_tenant.values():
-        large: dict[bytes, int] = {}
+        by_client: dict[bytes, int] = {}
         for stream in streams:
-            if stream.share is tenant and (size := stream.held - stream.least_held):
+            if stream.share is tenant:
                 client = stream.client or b""
-                large[client] = large.get(client, 0) + size
-        assert tenant.by_client == large
+                by_client[client] = by_client.get(client, 0) + stream.held
+        assert tenant.by_client == by_client
     for tenant in memory.unread_of_tenants.by_tenant.values():
+        assert tenant.by_client is not None
         assert sum(tenant.by_client.values()) == tenant.held
         assert all(size > 0 for size in tenant.by_client.values())
     assert min(share.held for share in (*bodies, *unread)) >= 0
@@ -448,18 +450,79 @@ async def test_clients_of_a_tenant_divide_its_share_of_requests(tenant):
         return len(other.calls) > calls
 
     await fill(1)
-    # Two thirds, and the begins of requests.
-    assert limit * 3 // 5 < bodies.held <= limit * 7 // 10
+    assert limit * 3 // 5 < bodies.held <= limit * 2 // 3
     assert await answers(tenant, 2, LIMIT // 20)
     assert await answers("other", 1, LIMIT // 20)
     # So do several leave room, for another one of the tenant and for another tenant.
     await fill(*range(3, 7))
-    assert limit * 3 // 4 < bodies.held <= limit * 4 // 5 + LIMIT
+    assert limit * 2 // 3 < bodies.held <= limit * 4 // 5
     assert await answers(tenant, 9, LIMIT // 40)
     assert not await answers(tenant, 1, LIMIT // 40)
     assert await answers("other", 9, LIMIT // 20)
     assert bodies.refused == 0
     await end(fronts)
+
+
+@pytest.mark.parametrize("path", [FAST, SLOW, STREAM])
+async def test_small_calls_find_room_beside_what_other_clients_of_the_tenant_have_begun(path):
+    fronts = envoys_connections(8 * LIMIT)
+    bodies = fronts[0].memory.bodies
+    for client in (1, 2, 3):
+        for n in range(120):
+            number = fronts[n % 8].open(FAST, "acme", client=client)
+            fronts[n % 8].data(number, framed(bytes(LIMIT // 4))[: LIMIT // 16], is_end=False)
+            await fronts[n % 8].settle()
+        for n in range(200):
+            fronts[n % 8].open(STREAM, "acme", client=client)
+            await fronts[n % 8].settle()
+    # Some of those were refused.
+    refused, front = bodies.refused, fronts[3]
+    assert refused > 0
+    for client in range(4, 7):
+        front.transport.written.clear()
+        calls = len(front.calls)
+        number = front.open(path, "acme", client=client)
+        front.data(number, framed(b"a small body"), is_end=True)
+        await front.settle()
+        if path == FAST:
+            front.calls[calls].reply((b"a small body",), 12)
+            await front.settle()
+        assert b"a small body" in front.transport.written
+    assert bodies.refused == refused
+    await end(fronts)
+
+
+async def test_a_last_piece_that_waits_for_its_start_stays_counted():
+    front = Front(is_shared=True)
+    whole, data = framed(bytes(16_000)), b""
+    for _ in range(5):
+        data += front.opening(FAST, "a", client=1) + frames.frame(frames.DATA, 1, front.next - 2, framed(b"x"))
+    number = front.next
+    data += front.opening(SLOW, "a", client=1) + frames.frame(frames.DATA, 0, number, whole[:10])
+    front.feed(data + frames.frame(frames.DATA, 1, number, whole[10:]))
+    waited = 0
+    while (stream := front.connection._streams.get(number)) is not None:
+        if stream.kept is not None:
+            waited += 1
+            assert stream.held - stream.least_held >= len(whole) - 10
+        shares_hold(front)
+        await asyncio.sleep(0)
+    assert waited > 0
+    await end([front])
+
+
+def test_a_clients_response_may_take_all_that_is_free_and_nothing_fits_a_full_account():
+    account = MemoryAccount(90)
+    share = TenantShares(account, have_clients=True).of(b"acme").of_client(b"1")
+    share.add(60)
+    assert not share.has_room(1)
+    assert share.has_room_beside_large(1)
+    assert share.fits(30)
+    share.add(30)
+    assert not share.fits(1)
+    assert not share.has_room_beside_large(1)
+    assert share.has_room(0)
+    assert share.fits(0)
 
 
 async def test_clients_of_a_tenant_divide_its_share_of_unread_responses():
