@@ -160,8 +160,8 @@ class ServerStream:
         self.share = share
         """Share of the memory for requests that the request's tenant has, behind Envoy, or else on its connection."""
         self.held = self.least_held = size
-        """Bytes that the share counts for this request, and those of them from its beginning, which are released last. Both
-        0 after its end."""
+        """Bytes that the share counts for this request, and those of them from its beginning, which are released last.
+        Both 0 after its end."""
         self.number = number
         self.head = head
         """Method, path and headers of the request."""
