@@ -6,12 +6,12 @@
 A request counts from its first frame to its end, with the copies that are made of it.
 
 Shares are bounded by what is free (dynamic thresholds, as in the buffers of switches): the more is held, the less a
-holder may add, so newcomers find room. A direct connection may hold twice what the account has free. A tenant behind
-Envoy may hold four times that, and one of its clients five times what the tenant may still add. Each of them gets two
-thirds of the limit when it is alone, and all clients of a tenant together four fifths.
+holder may add, so newcomers find room. A connection, or a tenant on a direct one, may hold twice what the account has
+free. A tenant behind Envoy may hold four times that, and one of its clients five times what the tenant may still add.
+A connection or a client that is alone gets two thirds of the limit; the clients of a tenant together get four fifths.
 
-New requests, with their headers and small bodies, and small responses find room beside large ones: a holder may have
-eight times what is free to it. A direct connection, and the clients of a tenant together, get eight ninths.
+New requests, with their headers and small bodies, and small responses find room beside large ones: each of these
+factors is eight for them. A connection, or the clients of a tenant together, then get eight ninths.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Holder: TypeAlias = Callable[[], Iterable[tuple[str, int]]]
 """Returns the bytes of an account that it holds, by tenant: "" for requests that name none. A tenant may come twice."""
 
 BODY_BYTES = 400 << 20
-"""Default limit for requests. One tenant's share is 266 MiB: the pieces of one message of the maximal size, and the
+"""Default limit for requests. One client's share is 266 MiB: the pieces of one message of the maximal size, and the
 whole message."""
 
 UNREAD_BYTES = 192 << 20
-"""Default limit for responses. One share is 128 MiB: one message of the maximal size."""
+"""Default limit for responses. One client's share is 128 MiB: one message of the maximal size."""
 
 FREE_FACTOR = 2
 """A share may hold so many times what is free."""
@@ -35,12 +35,13 @@ FREE_FACTOR = 2
 # The same for a tenant behind Envoy, and for a client of what its tenant may still add: 4/5 of 5/6 is two thirds.
 _TENANT_FACTOR, _CLIENT_FACTOR = 4, 5
 
-BEGIN_FACTOR = 8
-"""A request begins, and a small response waits, while its share holds at most so many times what is free: they find
-room beside large ones."""
+# A request begins, and a small response waits, while its share holds at most so many times what is free: they find room
+# beside large ones.
+_BEGIN_FACTOR = 8
 
-MUCH = 4
-"""Any request may begin while its share holds, with it, at most what is free, divided by this."""
+QUICK_FACTOR = 4
+"""A request begins, without a look at its client, while its share and it take at most this part (a quarter) of what is
+free then: `has_room_beside_large` is true there, whatever part of the share is its client's."""
 
 
 # Shares of tenants that hold nothing are dropped beyond this number. Each takes 0.2 kB and its name, and an Envoy
@@ -93,7 +94,7 @@ class Share:
 
     def has_room_beside_large(self, size: int) -> bool:
         """Return True when a request that begins, or a small response, finds room, though large ones leave none."""
-        return self.held + size <= BEGIN_FACTOR * (self.free - size)
+        return self.held + size <= _BEGIN_FACTOR * (self.free - size)
 
     def fits(self, size: int) -> bool:
         """Return True when the account's limit allows `size` bytes more, whatever this share holds; as `has_room`."""
@@ -134,7 +135,7 @@ class ClientShare:
         return not size or self._has_room(size, _TENANT_FACTOR, _CLIENT_FACTOR)
 
     def has_room_beside_large(self, size: int) -> bool:
-        return self._has_room(size, BEGIN_FACTOR, BEGIN_FACTOR)
+        return self._has_room(size, _BEGIN_FACTOR, _BEGIN_FACTOR)
 
     def _has_room(self, size: int, of_free: int, of_room: int) -> bool:
         tenant, held = self._tenant, self._by_client.get(self._client, 0)

@@ -22,7 +22,7 @@ from mesh.h2.frames import ACK, END_STREAM, LARGEST_WINDOW, ConnectionBroken, Re
 from mesh.h2.headers import LATER, Block, HeaderCache
 from mesh.h2.memory_account import (
     BODY_BYTES,
-    MUCH,
+    QUICK_FACTOR,
     UNREAD_BYTES,
     ClientShare,
     MemoryAccount,
@@ -331,12 +331,12 @@ class ServerConnection(Peer):
             if tenant or client is not None:
                 tenants = self._memory.tenants
         account = self._bodies
-        # As `TenantShares.of` and `Share.add`: the common case calls no function.
+        # As `TenantShares.of` and `add` of the client's share: the common case calls no function.
         share = tenants.by_tenant.get(tenant) or tenants.open(tenant)
         size = STREAM_BYTES + block.list_bytes
         free = account.limit - account.held - size
         key = client or b""
-        has_room = MUCH * (share.held + size) <= free or share.of_client(key).has_room_beside_large(size)
+        has_room = QUICK_FACTOR * (share.held + size) <= free or share.of_client(key).has_room_beside_large(size)
         share.held += size
         account.held += size
         if (by_client := share.by_client) is not None:

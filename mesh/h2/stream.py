@@ -187,6 +187,7 @@ class ServerStream:
 
     @property
     def _own_share(self) -> Share | ClientShare:
+        """The share in which bytes are added: behind Envoy, that of the request's client."""
         return self.share.of_client(self.client or b"")
 
     def hold(self, size: int) -> bool:

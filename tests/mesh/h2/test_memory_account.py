@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from mesh.h2 import frames, memory_account, server_connection
 from mesh.h2.frames import Reason
-from mesh.h2.memory_account import BODY_BYTES, UNREAD_BYTES, MemoryAccount, TenantShares
+from mesh.h2.memory_account import BODY_BYTES, QUICK_FACTOR, UNREAD_BYTES, MemoryAccount, TenantShares
 from mesh.h2.peer import CREDIT
 from mesh.h2.server_connection import Memory, ServerConnection
 from mesh.h2.starts import Starts
@@ -525,6 +525,17 @@ def test_a_clients_response_may_take_all_that_is_free_and_nothing_fits_a_full_ac
     assert share.fits(0)
 
 
+@given(st.integers(0, 1000), st.integers(0, 1000), st.integers(1, 1000), st.integers(0, 10_000))
+def test_a_request_that_begins_without_a_look_at_its_client_has_room(own, others, size, room):
+    free = QUICK_FACTOR * (own + others + size) + room
+    account = MemoryAccount(own + others + size + free)
+    tenant = TenantShares(account, have_clients=True).of(b"acme")
+    client = tenant.of_client(b"1")
+    client.add(own)
+    tenant.of_client(b"2").add(others)
+    assert client.has_room_beside_large(size)
+
+
 async def test_clients_of_a_tenant_divide_its_share_of_unread_responses():
     fronts = envoys_connections()
     unread = fronts[0].memory.unread
@@ -532,7 +543,7 @@ async def test_clients_of_a_tenant_divide_its_share_of_unread_responses():
         front.feed(frames.settings({frames.WINDOW_SIZE: 0}))
         await unread_responses(front, "acme", LIMIT // 8, client=1)
     assert LIMIT // 2 < unread.held <= LIMIT * 2 // 3
-    # Below the limit for small responses, which is for all of a front's.
+    # Small responses may take more, and still not all that the tenant may have.
     for front in fronts:
         await unread_responses(front, "acme", LIMIT // 64, client=1)
     held = unread.held
