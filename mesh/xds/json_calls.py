@@ -216,6 +216,7 @@ end
 -- Raise an error unless `text` is a JSON object with the fields of `root`.
 local function check(text, root)
   local at, tokens, value = 1, 0, nil
+  local marks, control = {}, 0
 
   local function bad(message) error({message}, 0) end
 
@@ -229,19 +230,25 @@ local function check(text, root)
       or format("no JSON at byte %%d: expected %%s", at, expected))
   end
 
+  -- Where `mark` is next. It is kept, since finding it can mean reading the whole body.
+  local function next_mark(mark, from)
+    if (marks[mark] or 0) < from then marks[mark] = find(text, mark, from, true) or #text + 1 end
+    return marks[mark]
+  end
+
   -- The text at a quote, with its escapes.
   local function string_at()
     local from = at + 1
     local to = from
-    while true do
-      to = find(text, '["\\%%z\1-\31]', to)
-      local c = to and byte(text, to)
-      if c == 34 then break end
-      if c ~= 92 then unexpected("the end of a text") end
-      to = to + 2
+    while next_mark("\\", to) < next_mark('"', to) do to = next_mark("\\", to) + 2 end
+    local quote = next_mark('"', to)
+    if control < from then
+      local _, last = find(text, "^[^%%z\1-\31]*", from)
+      control = last + 1
     end
-    at = to + 1
-    return sub(text, from, to - 1)
+    if quote > #text or control < quote then unexpected("the end of a text") end
+    at = quote + 1
+    return sub(text, from, quote - 1)
   end
 
   local function object(kind, where, depth)
@@ -274,8 +281,9 @@ local function check(text, root)
   local function array(kind, where, depth)
     at = at + 1
     -- Numbers and literals have no names: the transcoder reads them.
-    local stop = find(text, '[%%[%%]{}"]', at)
-    if stop and byte(text, stop) == 93 then at = stop + 1 return end
+    local stop = next_mark("]", at)
+    if stop < next_mark("[", at) and stop < next_mark("{", at) and stop < next_mark("}", at)
+      and stop < next_mark('"', at) then at = stop + 1 return end
     while true do
       value(kind, where, depth + 1)
       local c = next_byte()

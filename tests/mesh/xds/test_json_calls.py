@@ -266,6 +266,18 @@ async def test_a_job_is_submitted_and_its_result_read(gateway: Gateway) -> None:
     assert base64.b64decode(found["result"]["response"]["raw_output_contents"][0]) == bytes(4)
 
 
+async def test_texts_of_every_form_are_read(gateway: Gateway) -> None:
+    key = 'a"b\\ []{} \x7f ü \n'
+    body = json.dumps({"idempotency_key": key, "request": tensors(), "labels": {"[": "]", '"': "\\"}}, indent="\t\r\n")
+    assert (await gateway.call("POST", "/shoal/v1/jobs", body.encode()))[0] == 200
+    request = gateway.ingest.requests[-1]
+    assert isinstance(request, ingest_pb2.SubmitRequest)
+    assert (request.idempotency_key, dict(request.labels)) == (key, {"[": "]", '"': "\\"})
+    long = '\\"' * 400_000
+    assert (await gateway.call("POST", "/shoal/v1/jobs", b'{"idempotency_key": "%b"}' % long.encode()))[0] == 200
+    assert gateway.ingest.requests[-1] == ingest_pb2.SubmitRequest(idempotency_key='"' * 400_000)
+
+
 async def test_fields_in_the_path_and_in_the_query(gateway: Gateway) -> None:
     await gateway.call("POST", "/shoal/v1/jobs/a%2Fb:cancel", {"reason": "no"})
     assert gateway.ingest.requests[-1] == ingest_pb2.CancelJobRequest(id="a/b", reason="no")
@@ -311,6 +323,12 @@ DEEP = b'{"depends_on": ' + b"[" * 200
         (b'{"tenant"', "the JSON ends too early: expected a colon"),
         (b'{"tenant": "a"', "the JSON ends too early: expected a comma or }"),
         (b'{"tenant": "a\n"}', "no JSON at byte 12: expected the end of a text"),
+        (b'{"tenant":\n"a",\n"id": "\\""}', "SubmitRequest has no field 'id'"),
+        (b'{"tenant": "\\"\x01"}', "no JSON at byte 12: expected the end of a text"),
+        (b'{"tenant": "a\\"}', "no JSON at byte 12: expected the end of a text"),
+        (b'{"tenant": "a\\', "no JSON at byte 12: expected the end of a text"),
+        (b'{"tenant": "' + b'\\"' * 500_000, "no JSON at byte 12: expected the end of a text"),
+        ({"request": {"inputs": [{"shape": [1, 2], "name": "]}[{", "nom": 1}]}}, "inputs has no field 'nom'"),
         (b"{tenant: 1}", "no JSON at byte 2: expected a key in quotes"),
         (b"{'tenant': 'a'}", "no JSON at byte 2: expected a key in quotes"),
         (b'{"tenant": "a"} {}', "no JSON at byte 17: expected the end of the body"),
