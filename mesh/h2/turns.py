@@ -1,7 +1,7 @@
 """Turns of a server's connections: what they send is handled in bounded pieces, one connection after the other.
 
     data ──first frames──> handled at once: many of the first connection, few of each other in the same iteration
-         └──more──> queue of the connections ──one turn in each iteration of the event loop──> handled
+         └──more──> queue of the connections ──short turns of all, or one long turn, in each iteration──> handled
 
 The frames of a turn are few at first. They double while iterations are short, and are cut when one was long: some
 frames cost 1 us and others, with the task that they start, a thousand times as much.
@@ -17,6 +17,9 @@ from typing import Protocol
 
 # Length of an iteration of the event loop that a turn aims at. Calls on other connections wait about so long.
 _ITERATION_S = 0.005
+
+# Turns follow each other in one iteration until they have taken so long.
+_TURNS_S = 0.001
 
 # Frames of a turn. A call is two of them.
 _FEWEST, _FIRST, _MOST = 8, 64, 512
@@ -40,7 +43,7 @@ class Waiting(Protocol):
     """A connection with frames that wait."""
 
     def take_turn(self, frames: int) -> bool:
-        """Handle some frames. Return False when there were none: the connection was lost."""
+        """Handle some of them. Return True when no other turn is to follow in this iteration, as after much data."""
 
 
 class Turns:
@@ -84,16 +87,17 @@ class Turns:
             self._schedule()
 
     def _next(self) -> None:
-        """Give the first connection its turn."""
+        """Give the first connections their turns, until these have taken some time, or one of them much data."""
         waiting = self._waiting
         now, self._spent_s = self.clock(), 0.0
         if self._began is not None:
             self._adapt(now - self._began)
         self._began = now
         try:
-            # One that is not done is added again.
-            while waiting and not waiting.popleft().take_turn(self._frames):
-                pass
+            # One that is not done is added again: it waits for the next iteration.
+            for _ in range(len(waiting)):
+                if waiting.popleft().take_turn(self._frames) or self.clock() - now > _TURNS_S:
+                    break
         # A fault of one connection must not end the turns of the others.
         finally:
             if waiting:

@@ -254,7 +254,7 @@ class Http1Connection(asyncio.Protocol):
     # -- requests
 
     def take_turn(self, frames: int) -> bool:
-        """Read some of the requests that wait (`Turns`)."""
+        """Read some of the requests that wait (`Turns`), which may cost much: no other turn follows."""
         if not self._is_waiting:
             return False
         self._is_waiting = False

@@ -80,7 +80,7 @@ class Endless:
         self.taken.append(count)
         self._clock.now += count * self._frame_s
         self._turns.wait(self)
-        return True
+        return False
 
 
 async def turned(*costs: float, iterations: int = 40) -> list[Endless]:
@@ -111,6 +111,13 @@ async def test_connections_take_turns():
     one, two, three = await turned(1e-6, 1e-6, 1e-6, iterations=30)
     assert abs(len(one.taken) - len(two.taken)) <= 1
     assert abs(len(two.taken) - len(three.taken)) <= 1
+
+
+async def test_short_turns_are_in_one_iteration_and_a_long_one_has_its_own():
+    short = await turned(*[1e-7] * 8, iterations=30)
+    assert all(28 <= len(each.taken) <= 32 for each in short)
+    long = await turned(*[1e-3] * 8, iterations=30)
+    assert 28 <= sum(len(each.taken) for each in long) <= 32
 
 
 async def test_a_lost_connection_costs_no_turn():
