@@ -89,8 +89,8 @@ class Peer(asyncio.Protocol, ABC):
         self._turns = turns
         # Frames of earlier data wait for their turn; the transport cannot write.
         self._is_waiting = self._is_write_paused = False
-        # The data that led to the wait was more than is read in one turn.
-        self._is_much = False
+        # It waits since READ_BYTES had arrived, whether or not frames are left.
+        self._has_sent_much = False
         self._unparsed = b""
         self._has_preface = not awaits_preface
         self._has_settings = False
@@ -150,11 +150,11 @@ class Peer(asyncio.Protocol, ABC):
         self._sender.flush()
 
     def take_turn(self, frames: int) -> bool:
-        """Handle some of the frames that wait. Return True when they are of much data."""
+        """Handle some of the frames that wait. Return True after much data (`Turns`)."""
         if not self._is_waiting:
             return False
         self._is_waiting = False
-        is_much, self._is_much = self._is_much or len(self._unparsed) > READ_BYTES, False
+        is_much, self._has_sent_much = self._has_sent_much or len(self._unparsed) > READ_BYTES, False
         self._handle(b"", frames)
         self._read_if_free()
         return is_much
@@ -242,7 +242,7 @@ class Peer(asyncio.Protocol, ABC):
                 self._wait_for_turn()
         if (end > READ_BYTES or handled > AT_ONCE) and self._turns is not None and not self._is_waiting:
             if end > READ_BYTES:
-                self._is_much = True
+                self._has_sent_much = True
                 self._wait_for_turn()
             else:
                 self._turns.used()

@@ -230,7 +230,7 @@ local function check(text, root)
       or format("no JSON at byte %%d: expected %%s", at, expected))
   end
 
-  -- Where `mark` is next. It is kept, since finding it can mean reading the whole body.
+  -- Where `mark` is next, from a place that never goes back. It is kept: finding it can mean reading the whole body.
   local function next_mark(mark, from)
     if (marks[mark] or 0) < from then marks[mark] = find(text, mark, from, true) or #text + 1 end
     return marks[mark]
@@ -243,6 +243,7 @@ local function check(text, root)
     while next_mark("\\", to) < next_mark('"', to) do to = next_mark("\\", to) + 2 end
     local quote = next_mark('"', to)
     if control < from then
+      -- One match of all other bytes: a search would begin anew at each of them.
       local _, last = find(text, "^[^%%z\1-\31]*", from)
       control = last + 1
     end
