@@ -330,7 +330,14 @@ async def every_job_ended_with_its_one_result(channel: grpc.aio.Channel, jobs: d
     states = Counter([await state(job_id) for job_id in jobs])
     assert states == {ingest_pb2.JOB_STATE_SUCCEEDED: len(jobs)}
     query = store_pb2.QueryResultsRequest(job_ids=list(jobs), page_size=1000)
-    results = (await store.QueryResults(query, timeout=30)).results
+    results: list[store_pb2.Result] = []
+
+    async def are_read() -> bool:
+        results[:] = (await store.QueryResults(query, timeout=30)).results
+        return True
+
+    # Envoy may not know yet that a store which was killed is well again.
+    await until(are_read, "the results are read")
     assert Counter(result.job_id for result in results) == Counter(list(jobs))
     assert all(right(jobs[result.job_id], result.response) for result in results)
 
