@@ -316,8 +316,8 @@ async def test_a_stream_whose_responses_are_not_read_is_bounded(tmp_path: Path):
         codes = errors_of(messages(peer.body(number)))
         # Requests that arrive while the responses fill the limit end the stream.
         assert (status, len(codes)) == (0, 40) or status == Code.RESOURCE_EXHAUSTED
-        assert set(codes) <= {0, Code.RESOURCE_EXHAUSTED}
-        assert codes[0] == 0
+        # They run concurrently: which of them find room depends on who ends first.
+        assert set(codes) == {0, Code.RESOURCE_EXHAUSTED}
 
 
 class Limited:
