@@ -69,7 +69,8 @@ class Server:
         for pid in (self.process.pid, self.infer, self.envoy, *self.others.values(), os.getpid()):
             if pid is not None:
                 # The group is that of the process's session. `nice` counts only within it.
-                Path(f"/proc/{pid}/autogroup").write_text("-15")
+                nice = os.getpriority(os.PRIO_PROCESS, pid) - 15
+                Path(f"/proc/{pid}/autogroup").write_text(str(nice))
 
     def is_running(self) -> bool:
         return self.process.poll() is None and all(_exists(pid) for pid in (self.infer, self.envoy) if pid)

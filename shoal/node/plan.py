@@ -168,7 +168,9 @@ def _service(
     settings = {key: value for key, value in defaults.items() if prefix + key not in environ} | settings
     env = {prefix + key: value for key, value in settings.items()} | {"SHOAL_PARENT_PID": str(launcher)}
     journal = layout.crash_journal_of(instance) if service == "infer" else None
-    return processes.service(service, instance, path, env, _grace_s(environ.get(prefix + "DRAIN_MS", "")), journal)
+    nice = processes.BEHIND if service in _WITH_MONGO else 0
+    grace_s = _grace_s(environ.get(prefix + "DRAIN_MS", ""))
+    return processes.service(service, instance, path, env, grace_s, journal, nice)
 
 
 def _own_settings(service: str, instance: str, options: Options, layout: Layout) -> dict[str, str]:

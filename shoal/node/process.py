@@ -9,7 +9,6 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from shoal.node import die_with_parent
@@ -59,7 +58,7 @@ async def spawn(spec: ProcessSpec, log: Path | None) -> Process:
     """
     with log.open("ab") if log else contextlib.nullcontext() as out:
         process = await asyncio.create_subprocess_exec(
-            *_tied_to_launcher(spec.argv, spec.at_launcher_death),
+            *_tied_to_launcher(spec),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=out,
             stderr=out,
@@ -70,8 +69,9 @@ async def spawn(spec: ProcessSpec, log: Path | None) -> Process:
     return Process(process)
 
 
-def _tied_to_launcher(argv: Sequence[str], number: int) -> list[str]:
-    return [sys.executable, "-I", "-S", die_with_parent.__file__, str(os.getpid()), str(int(number)), *argv]
+def _tied_to_launcher(spec: ProcessSpec) -> list[str]:
+    numbers = os.getpid(), int(spec.at_launcher_death), spec.nice
+    return [sys.executable, "-I", "-S", die_with_parent.__file__, *map(str, numbers), *spec.argv]
 
 
 def raise_file_limit() -> None:

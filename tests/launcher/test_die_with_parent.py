@@ -1,4 +1,4 @@
-"""Children do not outlive a launcher that is killed."""
+"""Children do not outlive a launcher that is killed, and what keeps jobs goes behind the rest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ import textwrap
 import time
 from pathlib import Path
 
-from shoal.node import die_with_parent
+import pytest
+
+from shoal.node import die_with_parent, plan
+from shoal.node.options import Options
+from shoal.node.plan import Layout
+from shoal.node.process import spawn
+from shoal.node.processes import BEHIND, ProcessSpec
+from tests.breakable import until
 
 LAUNCHER = """
 import asyncio, sys
@@ -29,6 +36,10 @@ async def main():
 
 asyncio.run(main())
 """
+
+
+async def never() -> bool:
+    return False
 
 
 def wait_until_gone(pids: list[int]) -> None:
@@ -57,6 +68,54 @@ def test_a_launcher_that_died_first_is_noticed() -> None:
         die_with_parent.__file__,
         str(somebody_else),
         str(int(signal.SIGKILL)),
+        "0",
         "/bin/false",
     ]
     assert subprocess.run(command, check=False).returncode == 0  # It did not even start /bin/false.
+
+
+def session_nice(pid: int) -> int | None:
+    """Return the nice value of the process's session; None where the kernel has none."""
+    group = Path(f"/proc/{pid}/autogroup")
+    return int(group.read_text().split()[-1]) if group.exists() else None
+
+
+async def test_what_keeps_jobs_goes_behind_the_rest_of_a_node(tmp_path: Path) -> None:
+    options, layout = Options(data_dir=tmp_path), Layout(tmp_path / "run", 1, 2)
+    behind = {spec.name for group in plan.groups(options, layout, {}, 1) for spec in group if spec.nice == BEHIND}
+    assert behind == {"mongod", "store-0", "ingest-0"}
+
+    argv = (sys.executable, "-c", "print('up', flush=True); import time; time.sleep(600)")
+    log, own = tmp_path / "log", os.getpriority(os.PRIO_PROCESS, 0)
+    for nice in (BEHIND, 0):
+        process = await spawn(ProcessSpec("a", argv, never, nice=nice), log)
+        await until(lambda: log.exists() and "up" in log.read_text(), "the process runs")
+        log.unlink()
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == own + nice
+        assert session_nice(process.pid) in {nice, None}
+        process.kill()
+        await process.wait()
+
+
+# As a user who may write to the file once in 0.1 s. The interpreter of the tests may lie in a folder of root: the
+# script becomes that user after its start, and then its files in /proc must be its own again.
+SEVERAL = """
+import ctypes, os, sys
+from shoal.node.die_with_parent import set_session_nice
+os.setgid(65534)
+os.setuid(65534)
+ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
+set_session_nice(5)
+print(open("/proc/self/autogroup").read().split()[-1])
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.skipif(session_nice(os.getpid()) is None, reason="this kernel has no nice value for sessions")
+def test_several_processes_of_a_plain_user_go_behind_at_once() -> None:
+    command = [sys.executable, "-c", SEVERAL]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        for _ in range(4)
+    ]
+    assert [process.communicate(timeout=60)[0] for process in processes] == ["5\n"] * 4
