@@ -1,7 +1,7 @@
 """Freed memory goes back to the system: glibc keeps it for reuse, and a process would keep its peak for ever.
 
 check ──1 s──> check (resident memory has grown, little is held) ──a thread──> caches shrink, malloc_trim
-           └──> check (objects have grown old, little is held or much time has passed) ──> full garbage collection
+           └──> check (objects have grown old, and little is held or 10 s have passed) ──> full garbage collection
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ _MOST_APART = 16
 # A full garbage collection is due after so many of the second generation: 500,000 objects.
 _COLLECTED_AFTER = 50
 
-# While requests hold much, full collections take at most this part of the time: each stops the event loop, for 150 ms
-# with 10,000 open streams.
+# While requests hold much, a collection that is due waits at least so long, and full collections take at most this
+# part of the time: each stops the event loop, for 150 ms with 10,000 open streams.
+_PATIENCE_S = 10.0
 _COLLECTING_SHARE = 0.01
-
-_FIRST_COLLECTION_S = 10.0
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -58,7 +57,8 @@ class FreedMemory:
         self._least_bytes = self._trimmed_at_bytes = 0
         self._apart = self._left = 1
         self._was_quiet = False
-        self._collect_at_s = time.perf_counter() + _FIRST_COLLECTION_S
+        self._collect_at_s: float | None = None
+        self._collection_s = 0.0
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -96,11 +96,15 @@ class FreedMemory:
         return_freed_memory()
 
     def _collect(self, *, is_quiet: bool) -> None:
+        if gc.get_count()[2] <= _COLLECTED_AFTER:
+            return
         now = time.perf_counter()
-        if gc.get_count()[2] > _COLLECTED_AFTER and (is_quiet or now >= self._collect_at_s):
+        if self._collect_at_s is None:
+            self._collect_at_s = now + max(_PATIENCE_S, self._collection_s / _COLLECTING_SHARE)
+        if is_quiet or now >= self._collect_at_s:
             gc.collect()
-            ended = time.perf_counter()
-            self._collect_at_s = ended + (ended - now) / _COLLECTING_SHARE
+            self._collection_s = time.perf_counter() - now
+            self._collect_at_s = None
 
 
 def _resident_bytes() -> int:

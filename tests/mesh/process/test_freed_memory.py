@@ -119,6 +119,15 @@ async def test_nothing_is_trimmed_or_collected_while_requests_hold_much(process:
     assert process.trims == 1
 
 
+async def test_a_flood_after_a_quiet_hour_is_not_stopped_by_a_collection_at_once(process: Process):
+    process.check(3600)
+    process.is_quiet, process.old = False, 100
+    process.check(10)
+    assert not process.collections
+    process.check(2)
+    assert process.collections == 1
+
+
 async def test_collections_of_a_process_that_is_never_quiet_take_a_hundredth_of_its_time(process: Process):
     process.is_quiet = False
     for _ in range(1000):
