@@ -281,10 +281,10 @@ local function check(text, root)
 
   local function array(kind, where, depth)
     at = at + 1
-    -- Numbers and literals have no names: the transcoder reads them.
+    -- Numbers and literals have no names: the transcoder reads them. To it, what apostrophes enclose is a text.
     local stop = next_mark("]", at)
     if stop < next_mark("[", at) and stop < next_mark("{", at) and stop < next_mark("}", at)
-      and stop < next_mark('"', at) then at = stop + 1 return end
+      and stop < next_mark('"', at) and stop < next_mark("'", at) then at = stop + 1 return end
     while true do
       value(kind, where, depth + 1)
       local c = next_byte()

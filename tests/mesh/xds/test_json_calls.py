@@ -331,6 +331,9 @@ DEEP = b'{"depends_on": ' + b"[" * 200
         ({"request": {"inputs": [{"shape": [1, 2], "name": "]}[{", "nom": 1}]}}, "inputs has no field 'nom'"),
         (b"{tenant: 1}", "no JSON at byte 2: expected a key in quotes"),
         (b"{'tenant': 'a'}", "no JSON at byte 2: expected a key in quotes"),
+        (b"{\"depends_on\": ['a']}", "no JSON at byte 17: expected a value"),
+        # To the transcoder, `],"tenant":"` is a text of the list.
+        (b'{"depends_on": [\'],"tenant":"\'],\'nom\':[\'","labels":{"a":"\']}', "no JSON at byte 17: expected a value"),
         (b'{"tenant": "a"} {}', "no JSON at byte 17: expected the end of the body"),
         (b'{"tenant": "a",}', "no JSON at byte 16: expected a key in quotes"),
         (b'{"request": {"inputs": [{"name": "a"} {"nom": 1}]}}', "expected a comma or ]"),
