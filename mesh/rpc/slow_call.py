@@ -132,6 +132,8 @@ class SlowCall:
         except Disconnected:
             pass
         except asyncio.CancelledError:
+            if self._response.is_disconnected:
+                return
             if self._refusal is not None:
                 self._fail(self._refusal.code, self._refusal.message)
                 return

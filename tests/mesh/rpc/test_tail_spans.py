@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -27,6 +28,7 @@ from mesh.rpc.task_methods import TaskMethods
 from shoal import errors
 from shoal.coord.v1 import coord_pb2 as pb
 from shoal.coord.v1 import coord_pb2_grpc as rpc
+from tests.breakable import PATIENCE_S
 
 SERVICE = pb.DESCRIPTOR.services_by_name["CoordService"]
 GET_LEADER = f"/{SERVICE.full_name}/GetLeader"
@@ -139,6 +141,30 @@ async def test_only_slow_calls_that_succeed_leave_a_span(
         assert errors.trace_of(await call.trailing_metadata()) == TRACE
     [span] = kept.of_trace(TRACE)
     assert span["error"] == ""
+
+
+@pytest.mark.parametrize("is_fast", [False, True])
+async def test_a_call_whose_client_leaves_is_no_failure(run_dir: Path, kept: KeptSpans, is_fast: bool) -> None:
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    async def leader(*_: object) -> Any:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async with AsyncExitStack() as stack:
+        tasks = await stack.enter_async_context(TaskMethods())
+        fast = tasks.method(GET_LEADER, pb.GetLeaderRequest.FromString, leader) if is_fast else {}
+        one = await stack.enter_async_context(server(run_dir, leader, fast_methods=fast))
+        channel = await stack.enter_async_context(connect(one.address))
+        call = rpc.CoordServiceStub(channel).GetLeader(pb.GetLeaderRequest(), metadata=(("traceparent", UNSAMPLED),))
+        async with asyncio.timeout(PATIENCE_S):
+            await begun.wait()
+            call.cancel()
+            await ended.wait()
+    assert kept.of_trace(TRACE) == []
 
 
 def replying(call: FastCall) -> None:
