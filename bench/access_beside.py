@@ -43,6 +43,7 @@ from fronts import Network, namespaces, show
 from infer import ROOT, Measured, process_tree
 from infer_models import Sample, save
 from oip_load import Requests
+from precedence import take_precedence
 from push import cpu_s
 from rich.console import Console
 
@@ -308,8 +309,7 @@ def filters(folder: Path, samples: Mapping[str, Sample], arguments: argparse.Nam
             rows.append((Row(name), peer, lambda peer=peer: peer.load(requests)))
         if arguments.precedence:
             for root in {pid for peer in peers.values() for pid in peer.pids}:
-                for each in process_tree(root):
-                    Path(f"/proc/{each}/autogroup").write_text("-15")
+                take_precedence(process_tree(root))
         load = ("tiny", 64)
         measure(rows, arguments.rounds, {load: lambda server, make: closed(server, make(), 64, arguments.seconds)})
     shown = [row for row, _, _ in rows]

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from precedence import take_precedence
 from rich.console import Console
 from rich.table import Table
 
@@ -127,9 +128,7 @@ async def measure(
         async with node(folder, replicas) as document, AsyncClient(document["gateway"]) as client:
             pids = {"client": os.getpid(), **document["pids"]}
             if precedence:
-                # The group is that of the process's session. `nice` counts only within it.
-                for pid in pids.values():
-                    Path(f"/proc/{pid}/autogroup").write_text("-15")
+                take_precedence(pids.values())
             before = {name: cpu_s(pid) for name, pid in pids.items()}
             began = time.perf_counter()
             with Phases() as phases:

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.precedence import take_precedence
+
 ROOT = Path(__file__).resolve().parents[2]
 READY_S = 90.0
 STOP_S = 60.0
@@ -66,11 +68,8 @@ class Server:
 
     def take_precedence(self) -> None:
         """Run the server before other work of the machine, and this process, too. Needs root."""
-        for pid in (self.process.pid, self.infer, self.envoy, *self.others.values(), os.getpid()):
-            if pid is not None:
-                # The group is that of the process's session. `nice` counts only within it.
-                nice = os.getpriority(os.PRIO_PROCESS, pid) - 15
-                Path(f"/proc/{pid}/autogroup").write_text(str(nice))
+        pids = (self.process.pid, self.infer, self.envoy, *self.others.values(), os.getpid())
+        take_precedence(pid for pid in pids if pid is not None)
 
     def is_running(self) -> bool:
         return self.process.poll() is None and all(_exists(pid) for pid in (self.infer, self.envoy) if pid)

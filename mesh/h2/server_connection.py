@@ -249,8 +249,9 @@ class ServerConnection(Peer):
     def take_turn(self, frames: int) -> bool:
         """Handle some of the frames that wait; of a lost connection, end some of its streams.
 
-        Only an Envoy's connections share an iteration: what their calls cost after they have begun is bounded (Starts).
-        Tasks of 30 other connections that began in one iteration held the event loop for 20 ms.
+        Return False, so that another turn may follow in this iteration, only for an Envoy's connection without much
+        data: `Starts` bounds the tasks that its calls begin. The tasks of calls on 30 direct connections, when begun in
+        one iteration, held the event loop for 22 ms.
         """
         if not self._lost:
             return super().take_turn(frames) or not self._is_shared

@@ -1,7 +1,7 @@
 """Turns of a server's connections: what they send is handled in bounded pieces, one connection after the other.
 
     data ──first frames──> handled at once: many of the first connection, few of each other in the same iteration
-         └──more──> queue of the connections ──one turn, or short turns of Envoy's, in each iteration──> handled
+         └──more──> queue of the connections ──in each iteration, one turn or short turns of several──> handled
 
 The frames of a turn are few at first. They double while iterations are short, and are cut when one was long: some
 frames cost 1 us and others, with the task that they start, a thousand times as much.

@@ -132,6 +132,7 @@ class SlowCall:
         except Disconnected:
             pass
         except asyncio.CancelledError:
+            # Nobody reads a response, and this instance has not failed.
             if self._response.is_disconnected:
                 return
             if self._refusal is not None:

@@ -281,7 +281,7 @@ local function check(text, root)
 
   local function array(kind, where, depth)
     at = at + 1
-    -- Numbers and literals have no names: the transcoder reads them. To it, what apostrophes enclose is a text.
+    -- Numbers and literals have no names: the transcoder reads them. It takes '...' for a text, too.
     local stop = next_mark("]", at)
     if stop < next_mark("[", at) and stop < next_mark("{", at) and stop < next_mark("}", at)
       and stop < next_mark('"', at) and stop < next_mark("'", at) then at = stop + 1 return end

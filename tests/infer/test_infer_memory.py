@@ -316,8 +316,9 @@ async def test_a_stream_whose_responses_are_not_read_is_bounded(tmp_path: Path):
         codes = errors_of(messages(peer.body(number)))
         # Requests that arrive while the responses fill the limit end the stream.
         assert (status, len(codes)) == (0, 40) or status == Code.RESOURCE_EXHAUSTED
-        # They run concurrently: which of them find room depends on who ends first.
-        assert set(codes) == {0, Code.RESOURCE_EXHAUSTED}
+        # The requests run concurrently: those that end first find room for their responses.
+        assert {0} <= set(codes) <= {0, Code.RESOURCE_EXHAUSTED}
+        assert Code.RESOURCE_EXHAUSTED in {status, *codes}
 
 
 class Limited:

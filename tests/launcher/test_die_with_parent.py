@@ -1,4 +1,4 @@
-"""Children do not outlive a launcher that is killed, and what keeps jobs goes behind the rest."""
+"""Children do not outlive a launcher that is killed, and the processes that keep jobs run at a lower priority."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 
 from shoal.node import die_with_parent, plan
 from shoal.node.options import Options
-from shoal.node.plan import Layout
+from shoal.node.plan import JOBS_NICE, Layout
 from shoal.node.process import spawn
-from shoal.node.processes import BEHIND, ProcessSpec
+from shoal.node.processes import ProcessSpec
 from tests.breakable import until
 
 LAUNCHER = """
@@ -81,21 +81,24 @@ def session_nice(pid: int) -> int | None:
     return int(text.split()[-1]) if text else None
 
 
-async def test_what_keeps_jobs_goes_behind_the_rest_of_a_node(tmp_path: Path) -> None:
+async def test_the_processes_that_keep_jobs_run_at_a_lower_priority(tmp_path: Path) -> None:
     options, layout = Options(data_dir=tmp_path), Layout(tmp_path / "run", 1, 2)
-    behind = {spec.name for group in plan.groups(options, layout, {}, 1) for spec in group if spec.nice == BEHIND}
-    assert behind == {"mongod", "store-0", "ingest-0"}
+    nice = {spec.name: spec.nice for group in plan.groups(options, layout, {}, 1) for spec in group}
+    jobs = dict.fromkeys(("mongod", "store-0", "ingest-0"), JOBS_NICE)
+    assert nice == {**dict.fromkeys(("etcd", "envoy", "coord-0", "infer-0"), 0), **jobs}
 
     argv = (sys.executable, "-c", "print('up', flush=True); import time; time.sleep(600)")
     log, own = tmp_path / "log", os.getpriority(os.PRIO_PROCESS, 0)
-    for nice in (BEHIND, 0):
-        process = await spawn(ProcessSpec("a", argv, never, nice=nice), log)
-        await until(lambda: log.exists() and "up" in log.read_text(), "the process runs")
+    for value in (JOBS_NICE, 0):
+        process = await spawn(ProcessSpec("a", argv, never, nice=value), log)
+        try:
+            await until(lambda: log.exists() and "up" in log.read_text(), "the process runs")
+            assert os.getpriority(os.PRIO_PROCESS, process.pid) == min(own + value, 19)
+            assert session_nice(process.pid) in {value, None}
+        finally:
+            process.kill()
+            await process.wait()
         log.unlink()
-        assert os.getpriority(os.PRIO_PROCESS, process.pid) == min(own + nice, 19)
-        assert session_nice(process.pid) in {nice, None}
-        process.kill()
-        await process.wait()
 
 
 # As a user who may write to the file once in 0.1 s. The interpreter of the tests may lie in a folder of root: the
@@ -113,7 +116,7 @@ print(open("/proc/self/autogroup").read().split()[-1])
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.skipif(session_nice(os.getpid()) is None, reason="this kernel has no nice value for sessions")
-def test_several_processes_of_a_plain_user_go_behind_at_once() -> None:
+def test_several_processes_of_a_plain_user_lower_their_priority_at_once() -> None:
     command = [sys.executable, "-c", SEVERAL]
     processes = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
@@ -132,7 +135,7 @@ die_with_parent.main(os.getppid(), 9, 5, ["/bin/echo", "up"])
 """
 
 
-def test_a_process_that_cannot_go_behind_runs_and_says_so() -> None:
+def test_a_process_whose_priority_cannot_be_lowered_runs_and_says_so() -> None:
     done = subprocess.run([sys.executable, "-c", FORBIDDEN], capture_output=True, text=True, check=True)
     assert done.stdout == "up\n"
-    assert "nice value 5: [Errno 1] Operation not permitted: /bin/echo has as much time as others" in done.stderr
+    assert "nice 5: [Errno 1] Operation not permitted: /bin/echo runs at the usual priority" in done.stderr

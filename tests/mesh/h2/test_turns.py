@@ -11,6 +11,7 @@ import pytest
 
 from mesh.h2 import frames
 from mesh.h2.server_connection import Memory, ServerConnection
+from mesh.h2.stream import Application
 from mesh.h2.turns import Turns
 from mesh.rpc.framing import framed
 from mesh.rpc.grpc_app import GrpcApp
@@ -38,6 +39,14 @@ def calls(path: str, count: int, first: int = 1) -> bytes:
         + frames.frame(frames.DATA, frames.END_STREAM, number, framed(b"x"))
         for number in range(first, first + 2 * count, 2)
     )
+
+
+def opened(app: Application, memory: Memory) -> ServerConnection:
+    """Return a connection without a socket, which has received the client's preface and settings."""
+    connection = ServerConnection(app, {}, memory)
+    connection.connection_made(Transport(connection))
+    connection.data_received(greeting())
+    return connection
 
 
 async def test_a_call_is_not_behind_the_floods_of_other_connections():
@@ -159,12 +168,7 @@ async def test_of_connections_that_send_at_the_same_time_one_begins_many_calls_a
     memory.turns = Turns(lambda: 1.0)
     paths = [f"/t.T/{n}" for n in range(8)]
     app = GrpcApp({}, {path: lambda body, call, path=path: begun.append(path) for path in paths})
-    connections = []
-    for _ in paths:
-        connection = ServerConnection(app, {}, memory)
-        connection.connection_made(Transport(connection))
-        connection.data_received(greeting())
-        connections.append(connection)
+    connections = [opened(app, memory) for _ in paths]
     for path, connection in zip(paths, connections, strict=True):
         connection.data_received(calls(path, 30))
     # Two frames are a call, and 64 frames the most at first.
@@ -182,14 +186,6 @@ async def test_of_connections_that_send_at_the_same_time_one_begins_many_calls_a
         connection.abort()
     for _ in range(3):
         await asyncio.sleep(0)
-
-
-def opened(app: GrpcApp, memory: Memory) -> ServerConnection:
-    """Return a connection without a socket that has been greeted."""
-    connection = ServerConnection(app, {}, memory)
-    connection.connection_made(Transport(connection))
-    connection.data_received(greeting())
-    return connection
 
 
 async def turns_together(monkeypatch: pytest.MonkeyPatch, *, is_shared: bool, padding: int = 0) -> int:
@@ -227,7 +223,7 @@ async def turns_together(monkeypatch: pytest.MonkeyPatch, *, is_shared: bool, pa
 
 
 async def test_only_connections_of_an_envoy_share_an_iteration(monkeypatch):
-    """What the calls of others cost after they have begun, in tasks, would be bounded by nothing."""
+    """Connections of an Envoy share an iteration: `Starts` bounds the tasks of their calls, and of no others."""
     assert await turns_together(monkeypatch, is_shared=False) == 1
     assert await turns_together(monkeypatch, is_shared=True) == 8
     # Much data that waits is read in an iteration of its own.
@@ -242,9 +238,7 @@ async def test_a_connection_whose_calls_take_long_stops_early():
         begun.append(call)
         clock.now += 0.001
 
-    connection = ServerConnection(GrpcApp({}, {CALL: slow}), {}, memory)
-    connection.connection_made(Transport(connection))
-    connection.data_received(greeting())
+    connection = opened(GrpcApp({}, {CALL: slow}), memory)
     connection.data_received(calls(CALL, 30))
     # Two parts of 16 frames. Without the check, 64 frames were handled at once.
     assert len(begun) == 16
@@ -266,12 +260,7 @@ async def test_costly_data_of_many_connections_waits_and_small_calls_do_not():
         clock.now += 0.002
 
     app = GrpcApp({}, {FLOOD: costly, CALL: lambda body, call: begun.append("call")})
-    connections = []
-    for _ in range(100):
-        connection = ServerConnection(app, {}, memory)
-        connection.connection_made(Transport(connection))
-        connection.data_received(greeting())
-        connections.append(connection)
+    connections = [opened(app, memory) for _ in range(100)]
     *attackers, bystander = connections
     # As when the event loop reads them in one iteration.
     padding = frames.frame(0xBE, 0, 0, bytes(8_000))
@@ -329,19 +318,19 @@ async def test_requests_of_a_lost_connection_that_hold_much_end_one_in_an_iterat
 
 async def test_of_several_lost_connections_one_ends_requests_in_an_iteration():
     memory, app = Memory(), Holding(5 << 20)
-    connections = [ServerConnection(app, {}, memory) for _ in range(4)]
+    connections = [opened(app, memory) for _ in range(4)]
     for connection in connections:
-        connection.connection_made(Transport(connection))
-        connection.data_received(greeting() + calls(CALL, 4))
+        connection.data_received(calls(CALL, 4))
         connection._is_shared = True
     for _ in range(5):
         await asyncio.sleep(0)
     for connection in connections:
         connection.connection_lost(None)
-    while app.left < 16:
-        before = app.left
-        await asyncio.sleep(0)
-        assert app.left - before <= 1
+    async with asyncio.timeout(PATIENCE_S):
+        while app.left < 16:
+            before = app.left
+            await asyncio.sleep(0)
+            assert app.left - before <= 1
 
 
 async def test_calls_of_an_unknown_method_cost_no_task():
