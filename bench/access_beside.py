@@ -43,9 +43,9 @@ from fronts import Network, namespaces, show
 from infer import ROOT, Measured, process_tree
 from infer_models import Sample, save
 from oip_load import Requests
-from precedence import take_precedence
 from push import cpu_s
 from rich.console import Console
+from siege.servers import take_precedence
 
 from shoal.access import tokens
 from shoal.access.tokens import Signer

@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-from precedence import take_precedence
 from rich.console import Console
 from rich.table import Table
+from siege.servers import take_precedence
 
 from shoal.client import AsyncClient
 from shoal.client.models import readiness, trial, upload
