@@ -41,6 +41,8 @@ _CLOSED_AT_ONCE = re.compile(r"^cannot reach \S+: the connection was closed|last
 # A stream whose peer died: the text of a reset from Envoy, and the text of grpc.aio when it was sending at that moment,
 # which hides the real status. The code is INTERNAL, but neither is a fault of the service.
 _BROKEN = re.compile(r"RST_STREAM|^Internal error from Core$")
+# Messages of the client's own deadline; grpc.aio's second one: when it was sending at that moment.
+_PASSED = ("Deadline Exceeded", "Stream removed (Deadline Exceeded)")
 # mesh.h2's message about a connection that ended during its calls.
 _LOST = re.compile(r"^lost \S+: ")
 # Envoy's message when it knows the service but no instance of it.
@@ -67,7 +69,7 @@ def _explained(err: grpc.aio.AioRpcError, *, address: str, doing: str, timeout_s
         if not (isinstance(err, CallFailed) and err.is_from_peer):
             return _unavailable(details, address, doing, retry_after_ms)
         return _sent_as_unavailable(details, doing, retry_after_ms)
-    if code == grpc.StatusCode.DEADLINE_EXCEEDED and details == "Deadline Exceeded":
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED and details in _PASSED:
         return timed_out(doing, timeout_s)
     is_web = code == grpc.StatusCode.UNKNOWN and details.startswith(_NOT_GRPC_RESPONSE)
     if is_web or (code == grpc.StatusCode.UNIMPLEMENTED and "http2 header" in details):

@@ -124,6 +124,48 @@ async def test_the_deadline_ends_a_call_that_hangs(served: Served) -> None:
         await Caller(served.address).call(methods.GET_JOB, GET, timeout_s=0.2, doing="job a")
 
 
+async def test_the_deadline_ends_streams_whose_requests_end_at_that_moment(served: Served) -> None:
+    async def never(requests: Any, context: Any) -> Any:
+        await asyncio.Event().wait()
+        yield
+
+    served.on(methods.RUN_STREAM, never, "stream_stream")
+    caller, clock = Caller(served.address), asyncio.get_running_loop().time
+
+    async def until(end: float) -> AsyncIterator[ingest.RunStreamRequest]:
+        while clock() < end:
+            await asyncio.sleep(0.001)
+        return
+        yield
+
+    async def run(index: int) -> None:
+        requests = until(clock() + 0.1 + index * 0.00005)
+        with (
+            pytest.raises(DeadlineExceeded, match=r"RunStream: no response within 0\.1 s"),
+            caller.bidi(methods.RUN_STREAM, requests, timeout_s=0.1) as call,
+        ):
+            await call.read()
+
+    for _ in range(10):
+        await asyncio.gather(*(run(index) for index in range(100)))
+
+
+async def test_requests_that_fail_cancel_the_call_and_not_its_task(served: Served) -> None:
+    async def never(requests: Any, context: Any) -> Any:
+        async for _ in requests:
+            yield ingest.RunStreamResponse()
+
+    async def failing_requests() -> AsyncIterator[ingest.RunStreamRequest]:
+        yield ingest.RunStreamRequest()
+        raise ValueError("no more")
+
+    served.on(methods.RUN_STREAM, never, "stream_stream")
+    with Caller(served.address).bidi(methods.RUN_STREAM, failing_requests(), timeout_s=20) as call:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            [response async for response in call]
+    assert caught.value.code() == grpc.StatusCode.CANCELLED
+
+
 async def test_closing_cancels_calls_in_flight_and_rejects_later_ones(served: Served) -> None:
     arrived = asyncio.Event()
     loop = asyncio.get_running_loop()
