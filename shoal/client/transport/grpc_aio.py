@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import grpc
@@ -78,7 +79,7 @@ class GrpcAio:
             return _Stream(self, call(requests, timeout=timeout_s, metadata=sent))
         call = self._channel.stream_stream(method.path, None, parse)(timeout=timeout_s, metadata=sent)
         feeding = asyncio.create_task(_feed(call, requests), name="requests of a call")
-        feeding.add_done_callback(_log_failure)
+        feeding.add_done_callback(partial(_cancel_if_failed, call))
         return _Stream(self, call, feeding)
 
     async def close(self) -> None:
@@ -111,7 +112,8 @@ class _Stream(Bidi[A]):
             with self._owner.closed_as_cancelled():
                 response: Any = await self._call.read()
         except asyncio.CancelledError:
-            if self._has_failed_requests():
+            task = asyncio.current_task()
+            if self._has_failed_requests() and task is not None and not task.cancelling():
                 empty = grpc.aio.Metadata()
                 raise grpc.aio.AioRpcError(grpc.StatusCode.CANCELLED, empty, empty, "its requests failed") from None
             raise
@@ -128,28 +130,31 @@ class _Stream(Bidi[A]):
 
 
 async def _feed(call: Any, requests: AsyncIterator[Message]) -> None:
-    """Send all requests. Cancels the call, and raises, when `requests` fail.
+    """Send all requests. Raises the errors of `requests`.
 
-    grpc.aio could iterate over them itself, but then it cancels a call that ends while it sends, and the status is
-    lost.
+    Neither by grpc.aio's iteration over requests nor by its `write`: when the call ends meanwhile, the first cancels
+    it, the second replaces its status by INTERNAL.
     """
     try:
-        async for request in requests:
-            data = serialized(request)
-            # An error: the call has ended, and its reader gets the status.
-            try:
-                await call.write(data)
-            except Exception:
-                return
-    except Exception:
-        call.cancel()
-        raise
+        await call.wait_for_connection()
+    except grpc.aio.AioRpcError:
+        return
+    send = getattr(getattr(call, "_cython_call", None), "send_serialized_message", call.write)
+    async for request in requests:
+        data = serialized(request)
+        # An error: the call has ended, and its reader gets the status.
+        try:
+            await send(data)
+        except Exception:
+            return
     with suppress(Exception):
         await call.done_writing()
 
 
-def _log_failure(feeding: asyncio.Task[None]) -> None:
+def _cancel_if_failed(call: Any, feeding: asyncio.Task[None]) -> None:
+    if feeding.cancelled() or feeding.exception() is None:
+        return
     # Imported here: the import takes 40 ms.
-    from mesh.process.tasks import log_failure
+    from mesh.rpc.client.stubs import cancel_if_failed
 
-    log_failure(feeding)
+    cancel_if_failed(call, feeding)

@@ -21,6 +21,7 @@ from shoal.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
+    PermissionDenied,
     ResourceExhausted,
     ShoalError,
     Unavailable,
@@ -148,6 +149,51 @@ async def test_the_deadline_ends_streams_whose_requests_end_at_that_moment(serve
 
     for _ in range(10):
         await asyncio.gather(*(run(index) for index in range(100)))
+
+
+@pytest.mark.parametrize("ends", ["with the deadline", "refused"])
+async def test_streams_that_end_while_they_send_keep_their_status(served: Served, ends: str) -> None:
+    async def never(requests: Any, context: Any) -> Any:
+        await asyncio.sleep(0.05 if ends == "refused" else 20)
+        await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no grant")
+        yield
+
+    served.on(methods.RUN_STREAM, never, "stream_stream")
+    caller = Caller(served.address)
+    expected, timeout_s = (PermissionDenied, 20.0) if ends == "refused" else (DeadlineExceeded, 0.1)
+
+    async def requests() -> AsyncIterator[ingest.RunStreamRequest]:
+        while True:
+            yield ingest.RunStreamRequest(job_id="a" * 100)
+            await asyncio.sleep(0.0005)
+
+    async def run() -> None:
+        with (
+            pytest.raises(expected, match=r"no grant|RunStream: no response within 0\.1 s"),
+            caller.bidi(methods.RUN_STREAM, requests(), timeout_s=timeout_s) as call,
+        ):
+            await call.read()
+
+    for _ in range(10):
+        await asyncio.gather(*(run() for _ in range(30)))
+
+
+async def test_an_upload_that_is_answered_before_its_end_has_its_response(served: Served) -> None:
+    async def known(requests: Any, context: Any) -> Any:
+        await anext(aiter(requests))
+        return store.PutArtifactResponse(existed=True)
+
+    async def chunks() -> AsyncIterator[store.PutArtifactRequest]:
+        while True:
+            yield store.PutArtifactRequest(chunk=bytes(10_000))
+            await asyncio.sleep(0)
+
+    served.on(methods.PUT_ARTIFACT, known, "stream_unary")
+    caller = Caller(served.address)
+    for _ in range(10):
+        uploads = (caller.upload(methods.PUT_ARTIFACT, chunks(), timeout_s=20) for _ in range(10))
+        for response in await asyncio.gather(*uploads):
+            assert response.existed
 
 
 async def test_requests_that_fail_cancel_the_call_and_not_its_task(served: Served) -> None:
