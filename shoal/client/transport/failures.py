@@ -38,10 +38,10 @@ _NOT_TLS = re.compile(r"WRONG_VERSION_NUMBER|HTTP_REQUEST")
 _CLIENT_CERTIFICATE = re.compile(r"CERTIFICATE_REQUIRED|ALERT_(?:UNKNOWN_CA|BAD_CERTIFICATE|CERTIFICATE_\w+)")
 # A server closes the connection of a client that speaks plaintext, or lacks a certificate, without a word.
 _CLOSED_AT_ONCE = re.compile(r"^cannot reach \S+: the connection was closed|last error: .*Socket closed")
-# A stream whose peer died: the text of a reset from Envoy, and the text of grpc.aio when it was sending at that moment,
-# which hides the real status. The code is INTERNAL, but neither is a fault of the service.
+# A stream whose peer died: the text of a reset from Envoy, and that of grpc.aio's `write`, which hides the real status
+# (`grpc_aio._feed`). The code is INTERNAL, but neither is a fault of the service.
 _BROKEN = re.compile(r"RST_STREAM|^Internal error from Core$")
-# Messages of the client's own deadline; grpc.aio's second one: when it was sending at that moment.
+# Messages of the client's own deadline. grpc.aio has the second one for a call that was sending.
 _PASSED = ("Deadline Exceeded", "Stream removed (Deadline Exceeded)")
 # mesh.h2's message about a connection that ended during its calls.
 _LOST = re.compile(r"^lost \S+: ")

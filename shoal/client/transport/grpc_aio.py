@@ -66,7 +66,7 @@ class GrpcAio:
 
     async def unary(self, method: Method[Q, R], request: Q, *, timeout_s: float | None, metadata: Metadata) -> R:
         call = self._channel.unary_unary(method.path, serialized, method.response.FromString)
-        with self.closed_as_cancelled():
+        with self.cancelled_as_error():
             response: R = await call(request, timeout=timeout_s, metadata=grpc.aio.Metadata(*metadata))
         return response
 
@@ -90,15 +90,23 @@ class GrpcAio:
         """Do nothing: the child keeps the channel untouched, and uses none of its own (`is_usable`)."""
 
     @contextmanager
-    def closed_as_cancelled(self) -> Iterator[None]:
-        """Raise Cancelled for calls that ended because the channel was closed, not because their task was cancelled."""
+    def cancelled_as_error(self) -> Iterator[None]:
+        """Raise CancelledError only when this task was cancelled: grpc.aio raises it also when the call was.
+
+        Raises:
+            Cancelled: the channel was closed.
+            grpc.aio.AioRpcError: the call was cancelled, as when its requests fail.
+        """
         try:
             yield
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if self.is_closed and task is not None and not task.cancelling():
+            if task is None or task.cancelling():
+                raise
+            if self.is_closed:
                 raise closed_in_flight() from None
-            raise
+            empty = grpc.aio.Metadata()
+            raise grpc.aio.AioRpcError(grpc.StatusCode.CANCELLED, empty, empty, "the call was cancelled") from None
 
 
 class _Stream(Bidi[A]):
@@ -108,15 +116,8 @@ class _Stream(Bidi[A]):
         self._feeding = feeding
 
     async def read(self) -> A | None:
-        try:
-            with self._owner.closed_as_cancelled():
-                response: Any = await self._call.read()
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if self._has_failed_requests() and task is not None and not task.cancelling():
-                empty = grpc.aio.Metadata()
-                raise grpc.aio.AioRpcError(grpc.StatusCode.CANCELLED, empty, empty, "its requests failed") from None
-            raise
+        with self._owner.cancelled_as_error():
+            response: Any = await self._call.read()
         return None if response is grpc.aio.EOF else response
 
     def cancel(self) -> None:
@@ -124,16 +125,12 @@ class _Stream(Bidi[A]):
         if self._feeding is not None:
             self._feeding.cancel()
 
-    def _has_failed_requests(self) -> bool:
-        feeding = self._feeding
-        return feeding is not None and feeding.done() and not feeding.cancelled() and feeding.exception() is not None
-
 
 async def _feed(call: Any, requests: AsyncIterator[Message]) -> None:
     """Send all requests. Raises the errors of `requests`.
 
-    Neither by grpc.aio's iteration over requests nor by its `write`: when the call ends meanwhile, the first cancels
-    it, the second replaces its status by INTERNAL.
+    grpc.aio can do this itself, but cancels a call that ends while it iterates, and its `write` replaces the status of
+    a call that ends meanwhile by INTERNAL. So the requests go to the layer below `write`, where this grpc.aio has it.
     """
     try:
         await call.wait_for_connection()

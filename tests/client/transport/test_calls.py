@@ -153,12 +153,12 @@ async def test_the_deadline_ends_streams_whose_requests_end_at_that_moment(serve
 
 @pytest.mark.parametrize("ends", ["with the deadline", "refused"])
 async def test_streams_that_end_while_they_send_keep_their_status(served: Served, ends: str) -> None:
-    async def never(requests: Any, context: Any) -> Any:
+    async def refuse(requests: Any, context: Any) -> Any:
         await asyncio.sleep(0.05 if ends == "refused" else 20)
         await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no grant")
         yield
 
-    served.on(methods.RUN_STREAM, never, "stream_stream")
+    served.on(methods.RUN_STREAM, refuse, "stream_stream")
     caller = Caller(served.address)
     expected, timeout_s = (PermissionDenied, 20.0) if ends == "refused" else (DeadlineExceeded, 0.1)
 
@@ -197,7 +197,7 @@ async def test_an_upload_that_is_answered_before_its_end_has_its_response(served
 
 
 async def test_requests_that_fail_cancel_the_call_and_not_its_task(served: Served) -> None:
-    async def never(requests: Any, context: Any) -> Any:
+    async def respond(requests: Any, context: Any) -> Any:
         async for _ in requests:
             yield ingest.RunStreamResponse()
 
@@ -205,7 +205,7 @@ async def test_requests_that_fail_cancel_the_call_and_not_its_task(served: Serve
         yield ingest.RunStreamRequest()
         raise ValueError("no more")
 
-    served.on(methods.RUN_STREAM, never, "stream_stream")
+    served.on(methods.RUN_STREAM, respond, "stream_stream")
     with Caller(served.address).bidi(methods.RUN_STREAM, failing_requests(), timeout_s=20) as call:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             [response async for response in call]
