@@ -5,9 +5,9 @@
 
 An Envoy carries the calls of all its clients on few connections, so a call would start behind all that arrived before
 it, whoever sent them. Reading a call costs a tenth of starting it: calls are read on, and wait here. Those of one
-sender start in the order of their arrival. A start takes between 20 us and some milliseconds, which count for its
-sender and its tenant: few cheap calls do not wait for many costly ones. (Start-time fair queueing: Goyal, Vin, Cheng,
-1996.)
+sender start in the order of their arrival. A start takes between 20 us and some milliseconds of the processor
+(`Turns`), which count for its sender and its tenant: few cheap calls do not wait for many costly ones. (Start-time fair
+queueing: Goyal, Vin, Cheng, 1996.)
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ Waiting = deque[Start]
 class Starts:
     """Calls of one server that wait for their start."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
         self.clock = clock
         self._tenants: LeastUsed[LeastUsed[Waiting]] = LeastUsed()
         self._is_scheduled = False

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import grpc
@@ -263,3 +265,26 @@ async def test_a_fault_of_one_start_keeps_no_other_call_waiting():
     for _ in range(10):
         await asyncio.sleep(0)
     assert sorted(begun) == ["other", "own"]
+
+
+async def test_time_that_another_process_had_counts_for_no_sender():
+    begun: list[str] = []
+    starts = Starts()
+
+    def start(name: str, *, sleeps_s: float = 0.0, busy_s: float = 0.0) -> bool:
+        begun.append(name)
+        time.sleep(sleeps_s)
+        end = time.thread_time() + busy_s
+        while time.thread_time() < end:
+            pass
+        return False
+
+    # As when another process has the processor while the first call starts.
+    starts.add(b"a", b"1", partial(start, "interrupted", sleeps_s=0.05))
+    for _ in range(10):
+        starts.add(b"b", b"2", partial(start, "costly", busy_s=0.004))
+    starts.add(b"a", b"1", partial(start, "next"))
+    for _ in range(30):
+        await asyncio.sleep(0)
+    assert begun.index("next") <= 2
+    assert begun.count("costly") == 10

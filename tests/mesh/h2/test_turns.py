@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from itertools import pairwise
 
 import hpack
@@ -115,6 +116,29 @@ async def test_turns_grow_while_they_are_short_and_shrink_after_a_long_one():
     [dear] = await turned(1e-3)
     assert dear.taken[0] == 64
     assert dear.taken[-1] == 8
+
+
+async def test_turns_do_not_shrink_while_other_processes_use_the_processor():
+    class Interrupted(Endless):
+        def take_turn(self, count: int) -> bool:
+            # As when another process has the processor meanwhile: on a clock, it is a long iteration.
+            time.sleep(0.02)
+            return super().take_turn(count)
+
+    turns = Turns()
+    connection = Interrupted(turns, Seconds(), 0.0)
+    turns.wait(connection)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    connection.is_lost = True
+    assert connection.taken[-1] == 512
+    # Nor is its next data too costly to be handled at once, or that of others.
+    began = turns.clock()
+    time.sleep(0.02)
+    took_s = turns.spent_since(began)
+    assert not turns.must_wait(100_000, took_s)
+    for _ in range(3):
+        await asyncio.sleep(0)
 
 
 async def test_connections_take_turns():
