@@ -98,8 +98,8 @@ class Peer(asyncio.Protocol, ABC):
         self._continuations = 0
         self._newest = 0
         self._credit = 0
-        # Time that the data which arrived last took.
-        self._took_s = 0.0
+        # Time that the data which arrived last took, and turns.
+        self._took_s = self.used_s = 0.0
 
     def _begin(self, transport: asyncio.BaseTransport) -> None:
         self._transport: asyncio.Transport = transport  # type: ignore[assignment] # uvloop's is of no common class.

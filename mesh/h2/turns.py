@@ -1,7 +1,11 @@
 """Turns of a server's connections: what they send is handled in bounded pieces, one connection after the other.
 
     data ──first frames──> handled at once: many of the first connection, few of each other in the same iteration
-         └──more──> queue of the connections ──in each iteration, one turn or short turns of several──> handled
+         └──more──> the connections, by the time their turns took
+                      └──in each iteration, a turn of the one that used least, or short turns of several──> handled
+
+With turns in their order of arrival, a connection that sends a few hundred frames a second fell behind those that
+flood. (Start-time fair queueing: Goyal, Vin, Cheng, 1996.)
 
 The frames of a turn are few at first. They double while iterations are short, and are cut when one was long: some
 frames cost 1 us and others, with the task that they start, a thousand times as much.
@@ -13,9 +17,10 @@ other processes kept the processors busy: turns shrank to few frames, calls wait
 from __future__ import annotations
 
 import asyncio
+import heapq
 import time
-from collections import deque
 from collections.abc import Callable
+from itertools import count
 from typing import Protocol
 
 # Length of an iteration of the event loop that a turn aims at. Calls on other connections wait about so long, and while
@@ -46,6 +51,9 @@ _CHEAP_BYTES, _CHEAP_S = 4096, _ITERATION_S / 2
 class Waiting(Protocol):
     """A connection with frames that wait."""
 
+    used_s: float
+    """Time that its turns have taken, as `Turns` counts it."""
+
     def take_turn(self, frames: int) -> bool:
         """Handle some of them. Return True when no other turn is to follow in this iteration, as after much data."""
 
@@ -55,7 +63,14 @@ class Turns:
 
     def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
         self.clock = clock
-        self._waiting: deque[Waiting] = deque()
+        # The connections that wait: time that each has used, number of its arrival.
+        self._waiting: list[tuple[float, int, Waiting]] = []
+        self._numbers = count()
+        # Time that the last connection which had a turn had used before. A new one has used as much: it saves nothing.
+        self._used_s = 0.0
+        # The connection that has its turn, and whether it is to have another.
+        self._taking: Waiting | None = None
+        self._waits_again = False
         self._frames = _FIRST
         self._is_scheduled = False
         self._began: float | None = None
@@ -65,7 +80,10 @@ class Turns:
 
     def wait(self, connection: Waiting) -> None:
         """Add a connection that has more frames than it may handle at once."""
-        self._waiting.append(connection)
+        if connection is self._taking:
+            self._waits_again = True
+            return
+        self._add(connection)
         if not self._is_scheduled:
             self._began = None
             self._schedule()
@@ -90,17 +108,20 @@ class Turns:
             self._began = self.clock()
             self._schedule()
 
+    def _add(self, connection: Waiting) -> None:
+        # Of those that have used as much, the one that came first.
+        heapq.heappush(self._waiting, (max(self._used_s, connection.used_s), next(self._numbers), connection))
+
     def _next(self) -> None:
-        """Give the first connections their turns, until these have taken some time, or one of them much data."""
+        """Give the next connections their turns, until these have taken some time, or one of them much data."""
         waiting = self._waiting
         now, self._spent_s = self.clock(), 0.0
         if self._began is not None:
             self._adapt(now - self._began)
         self._began = now
         try:
-            # One that is not done is added again: it waits for the next iteration.
             for _ in range(len(waiting)):
-                if waiting.popleft().take_turn(self._frames) or self.clock() - now > _TURNS_S:
+                if self._take_turn() or self.clock() - now > _TURNS_S:
                     break
         # A fault of one connection must not end the turns of the others.
         finally:
@@ -109,6 +130,18 @@ class Turns:
             else:
                 self._is_scheduled = False
                 self.at_once = self._frames
+
+    def _take_turn(self) -> bool:
+        self._used_s, _, connection = heapq.heappop(self._waiting)
+        self._taking, began = connection, self.clock()
+        try:
+            return connection.take_turn(self._frames)
+        finally:
+            connection.used_s = self._used_s + self.clock() - began
+            self._taking = None
+            if self._waits_again:
+                self._waits_again = False
+                self._add(connection)
 
     def _schedule(self) -> None:
         self._is_scheduled = True

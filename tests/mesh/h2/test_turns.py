@@ -82,6 +82,7 @@ class Endless:
 
     def __init__(self, turns: Turns, clock: Seconds, frame_s: float) -> None:
         self._turns, self._clock, self._frame_s = turns, clock, frame_s
+        self.used_s = 0.0
         self.taken: list[int] = []
         self.is_lost = False
 
@@ -154,6 +155,31 @@ async def test_short_turns_are_in_one_iteration_and_a_long_one_has_its_own():
     assert 28 <= sum(len(each.taken) for each in long) <= 32
 
 
+async def test_a_connection_whose_turns_take_little_has_more_of_them():
+    *costly, cheap = await turned(*[1e-3] * 8, 1e-4, iterations=500)
+    # All have used as much time, but for one turn, which was of 64 frames at first.
+    assert sum(cheap.taken) > 8 * max(sum(each.taken) for each in costly)
+    used = [each.used_s for each in (*costly, cheap)]
+    assert max(used) - min(used) < 64 * 1e-3
+
+
+async def test_a_connection_that_has_waited_for_none_does_not_have_all_turns():
+    clock = Seconds()
+    turns = Turns(clock)
+    old, new = Endless(turns, clock, 1e-3), Endless(turns, clock, 1e-3)
+    turns.wait(old)
+    for _ in range(50):
+        await asyncio.sleep(0)
+    turns.wait(new)
+    before = len(old.taken)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert 9 <= len(old.taken) - before <= 11
+    old.is_lost = new.is_lost = True
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
 async def test_a_lost_connection_costs_no_turn():
     clock = Seconds()
     turns = Turns(clock)
@@ -173,6 +199,8 @@ async def test_a_fault_of_a_connection_does_not_end_the_turns_of_others():
     turns = Turns(clock)
 
     class Faulty:
+        used_s = 0.0
+
         def take_turn(self, count: int) -> bool:
             raise RuntimeError("a fault")
 
