@@ -1,7 +1,7 @@
 """Attack suite: bystanders call a small model at a steady rate while attack after attack runs.
 
     python -m bench.siege [--only NAME,...] [--front serve|gateway] [--seconds 2.5] [--repeat N]
-                           [--before FOLDER] [--out FILE]
+                           [--whole-machine] [--before FOLDER] [--out FILE]
 
 docs/benchmarks.md says how to read the table. `--before` runs the same attacks against another checkout with a .venv.
 Exits with 1 when a goal is missed by this checkout.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import shutil
 import sys
 import tempfile
@@ -72,6 +73,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="run each attack so many times")
     parser.add_argument("--before", type=Path, metavar="FOLDER", help="another checkout, with a .venv")
     parser.add_argument("--precedence", action="store_true", help="before other work of the machine (root)")
+    parser.add_argument("--whole-machine", action="store_true", help="servers run on processor 1, too, as attackers do")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the tables there, too")
     args = parser.parse_args()
     attacks = args.only.split(",") if args.only else list(CATALOGUE)
@@ -82,6 +84,7 @@ def main() -> None:
         parser.error(f"--only: {', '.join(astray)} need a node: --front gateway")
     phases = Phases(quiet=1.5, during=args.seconds, after=1.5)
     checkouts = [servers.here(), *([servers.other(args.before.resolve())] if args.before else [])]
+    checkouts = [dataclasses.replace(one, uses_whole_machine=args.whole_machine) for one in checkouts]
     rows: dict[str, list[Row]] = {front: [] for front in ([args.front] if args.front else RUNS)}
     prepare = Server.take_precedence if args.precedence else unprepared
     with contextlib.ExitStack() as stack:
@@ -94,7 +97,7 @@ def main() -> None:
                 for row in RUNS[front](checkout, repository, some, phases, prepare):
                     found.append(row)
                     print(table.brief(front, row), file=sys.stderr, flush=True)
-    text = table.document(rows, phases, sys.argv[1:])
+    text = table.document(rows, phases, sys.argv[1:], uses_whole_machine=args.whole_machine)
     print(text)
     if args.out:
         args.out.write_text(text + "\n")

@@ -1,6 +1,6 @@
 """One attack on one server: bystanders before, during and after it, and the server's memory.
 
-processor 0: the server, with everything that belongs to it
+processor 0: the server, with everything that belongs to it (or on every processor: `Checkout`)
 processor 1: the bystanders, the probe, and the attacker, who gets what they leave
 """
 

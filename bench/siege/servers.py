@@ -30,13 +30,20 @@ class Checkout:
     name: str
     folder: Path
     python: str
+    uses_whole_machine: bool = False
+    """Servers run on every processor, with their default threads for models: not on processor 0 with one."""
 
     def command(self, *arguments: str) -> list[str]:
         return [self.python, "-m", "shoal.cli.main", *arguments]
 
+    def on_its_processors(self, command: Sequence[str]) -> list[str]:
+        """Return a server's command as run on the processors that are its own."""
+        return list(command) if self.uses_whole_machine or _PROCESSORS == 1 else ["taskset", "-c", "0", *command]
+
     def environ(self, **more: str) -> dict[str, str]:
         # The checkout's modules take precedence, even if its environment was built for another checkout.
-        return {**os.environ, "PYTHONPATH": str(self.folder), "SHOAL_INFER_THREADS": "1", **more}
+        threads = {} if self.uses_whole_machine else {"SHOAL_INFER_THREADS": "1"}
+        return {**os.environ, "PYTHONPATH": str(self.folder), **threads, **more}
 
 
 def take_precedence(pids: Iterable[int]) -> None:
@@ -101,7 +108,11 @@ def serve(checkout: Checkout, models: Path, folder: Path) -> Iterator[Server]:
     arguments = checkout.command("serve", str(models), "--port", "0", "--json")
     with log.open("wb") as errors:
         process = subprocess.Popen(
-            _pinned(arguments), stdout=subprocess.PIPE, stderr=errors, env=checkout.environ(), cwd=folder
+            checkout.on_its_processors(arguments),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=checkout.environ(),
+            cwd=folder,
         )
     try:
         assert process.stdout is not None
@@ -129,7 +140,7 @@ def node(checkout: Checkout, models: Path, folder: Path, *options: str) -> Itera
     arguments += () if "--listen" in options else ("--gateway-port", "0")
     with log.open("wb") as out:
         process = subprocess.Popen(
-            _pinned(checkout.command(*arguments, "--ready-file", str(ready))),
+            checkout.on_its_processors(checkout.command(*arguments, "--ready-file", str(ready))),
             stdout=out,
             stderr=out,
             env=environ,
@@ -157,10 +168,6 @@ def _wait_for(ready: Path, process: subprocess.Popen[bytes], log: Path) -> None:
         if process.poll() is not None or time.monotonic() > until:
             sys.exit(f"the node did not start: {log.read_text()[-2000:]}")
         time.sleep(0.05)
-
-
-def _pinned(command: Sequence[str]) -> list[str]:
-    return ["taskset", "-c", "0", *command] if _PROCESSORS > 1 else list(command)
 
 
 def _listen(pid: int) -> str:

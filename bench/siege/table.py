@@ -55,10 +55,13 @@ def brief(front: str, row: Row) -> str:
     return " | ".join((front, *_cells(row), *(_job_cells(row)[2:] if row.jobs else ())))
 
 
-def document(rows: Mapping[str, Sequence[Row]], phases: Phases, arguments: Sequence[str]) -> str:
+def document(
+    rows: Mapping[str, Sequence[Row]], phases: Phases, arguments: Sequence[str], *, uses_whole_machine: bool
+) -> str:
     """Return all tables, with the machine that they come from."""
     lines = ["# Siege: attacks, and what bystanders see of them", ""]
-    lines += [f"    python -m bench.siege {' '.join(arguments)}".rstrip(), "", _machine(), "", _method(phases)]
+    lines += [f"    python -m bench.siege {' '.join(arguments)}".rstrip(), "", _machine(), ""]
+    lines += [_method(phases, "every processor" if uses_whole_machine else "processor 0")]
     for front, found in rows.items():
         lines += ["", f"## {front}", "", *_markdown(_COLUMNS, [_cells(row) for row in _by_attack(found)])]
         if of_jobs := [row for row in _by_attack(found) if row.jobs]:
@@ -91,9 +94,9 @@ def _machine() -> str:
     )
 
 
-def _method(phases: Phases) -> str:
+def _method(phases: Phases, processors: str) -> str:
     return (
-        f"The server, and its Envoy, MongoDB and etcd, run on processor 0; two bystanders ({RATE} calls/s each), the "
+        f"The server, and its Envoy, MongoDB and etcd, run on {processors}; two bystanders ({RATE} calls/s each), the "
         "probe and the attacker on processor 1, where the attacker gets what the others leave. "
         f"Quiet {phases.quiet:g} s, attack {phases.during:g} s, after {phases.after:g} s.\n\n"
         "Latencies are p50/p99 in ms of the worse bystander, from when a call was due. Errors are those of the "
