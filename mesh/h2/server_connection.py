@@ -254,7 +254,8 @@ class ServerConnection(Peer):
         one iteration, held the event loop for 22 ms.
         """
         if not self._lost:
-            return super().take_turn(frames) or not self._is_shared
+            # A lost one that had waited has nothing left: it costs no iteration.
+            return self._is_waiting and (super().take_turn(frames) or not self._is_shared)
         self._end_lost(frames // _FRAMES_A_STREAM)
         return True
 

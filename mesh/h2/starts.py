@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 # Time for starts in one iteration of the event loop. One call may take longer.
 _ITERATION_S = 0.0025
 
+# A start counts as at most so long: some take long by chance, as with a garbage collection.
+_LONGEST_S = 2 * _ITERATION_S
+
 TASKS = 8
 """Calls that begin in tasks in one iteration. What a task costs follows later: without a bound, a small call that had
 started was answered 60 ms later beside 512 such calls in flight."""
@@ -39,14 +42,16 @@ T = TypeVar("T")
 class LeastUsed(Generic[T]):
     """Queues by name, none of them empty: the one that has used the least time is next."""
 
-    __slots__ = ("_by_name", "_emptied", "_heap", "_numbers", "_used")
+    __slots__ = ("_by_name", "_emptied", "_heap", "_most", "_numbers", "_used")
 
     def __init__(self) -> None:
         self._by_name: dict[bytes, T] = {}
         self._heap: list[tuple[float, int, bytes]] = []
         self._numbers = count()
-        # Time that the last queue which was taken had used. A new queue has used as much: it saves nothing up.
-        self._used = 0.0
+        # Time that the last queue which was taken had used: one that comes back begins with as much, and saves nothing.
+        # The most that any has used: a new one begins with that. New ones without end, each of which began with less,
+        # would keep all others waiting.
+        self._used = self._most = 0.0
         # What queues that are empty now have used beyond that: they are soon there again, and begin with it.
         self._emptied: dict[bytes, float] = {}
 
@@ -60,7 +65,7 @@ class LeastUsed(Generic[T]):
     def add(self, name: bytes, queue: T) -> None:
         """Add a queue."""
         self._by_name[name] = queue
-        self._push(max(self._used, self._emptied.pop(name, 0.0)), name)
+        self._push(max(self._used, self._emptied.pop(name, self._most)), name)
 
     def next(self) -> T:
         """Return the next queue. There is one."""
@@ -70,14 +75,16 @@ class LeastUsed(Generic[T]):
     def used(self, took_s: float, *, is_empty: bool) -> None:
         """Count time for the next queue, and remove it when it is empty now."""
         used, _, name = heapq.heappop(self._heap)
+        used += took_s
+        self._most = max(self._most, used)
         if is_empty:
             del self._by_name[name]
             if not self._by_name:
                 self._emptied.clear()
             elif took_s:
-                self._keep(name, used + took_s)
+                self._keep(name, used)
         else:
-            self._push(used + took_s, name)
+            self._push(used, name)
 
     def _keep(self, name: bytes, used: float) -> None:
         if len(self._emptied) >= _MOST_EMPTIED:
@@ -141,8 +148,9 @@ class Starts:
             except Exception:
                 log.exception("a fault while starting a call", {"event": "call.start_failed"})
             now = self.clock()
-            senders.used(now - began, is_empty=not waiting)
-            tenants.used(now - began, is_empty=not senders)
+            took_s = min(now - began, _LONGEST_S)
+            senders.used(took_s, is_empty=not waiting)
+            tenants.used(took_s, is_empty=not senders)
             began = now
         if tenants:
             self._schedule()

@@ -5,7 +5,8 @@
                       └──in each iteration, a turn of the one that used least, or short turns of several──> handled
 
 With turns in their order of arrival, a connection that sends a few hundred frames a second fell behind those that
-flood. (Start-time fair queueing: Goyal, Vin, Cheng, 1996.)
+flood. (Start-time fair queueing: Goyal, Vin, Cheng, 1996; what a turn counts is bounded here, and a new connection
+begins behind the others. So each of these has at most five turns before one that waits.)
 
 The frames of a turn are few at first. They double while iterations are short, and are cut when one was long: some
 frames cost 1 us and others, with the task that they start, a thousand times as much.
@@ -30,6 +31,10 @@ _ITERATION_S = 0.005
 # Turns follow each other in one iteration until they have taken so long.
 _TURNS_S = 0.001
 
+# A turn counts for its connection as at least, and at most, so much. Some take little, and cost an iteration, as those
+# that only let the transport be read again; some take long by chance, as with a garbage collection.
+_LEAST_S, _LONGEST_S = 0.001, _ITERATION_S
+
 # Frames of a turn. A call is two of them.
 _FEWEST, _FIRST, _MOST = 8, 64, 512
 
@@ -52,7 +57,7 @@ class Waiting(Protocol):
     """A connection with frames that wait."""
 
     used_s: float
-    """Time that its turns have taken, as `Turns` counts it."""
+    """What `Turns` counts for it: 0 before its first turn."""
 
     def take_turn(self, frames: int) -> bool:
         """Handle some of them. Return True when no other turn is to follow in this iteration, as after much data."""
@@ -66,11 +71,13 @@ class Turns:
         # The connections that wait: time that each has used, number of its arrival.
         self._waiting: list[tuple[float, int, Waiting]] = []
         self._numbers = count()
-        # Time that the last connection which had a turn had used before. A new one has used as much: it saves nothing.
-        self._used_s = 0.0
-        # The connection that has its turn, and whether it is to have another.
+        # Time that the last connection which had a turn had used before: one that comes back begins with as much, and
+        # saves nothing. The most that any has used: a new one begins with that. New ones without end, each of which
+        # began with less, would keep all others waiting.
+        self._used_s = self._most_s = 0.0
+        # The connection that has its turn, and those that are to have another, after this iteration.
         self._taking: Waiting | None = None
-        self._waits_again = False
+        self._again: list[Waiting] = []
         self._frames = _FIRST
         self._is_scheduled = False
         self._began: float | None = None
@@ -81,9 +88,9 @@ class Turns:
     def wait(self, connection: Waiting) -> None:
         """Add a connection that has more frames than it may handle at once."""
         if connection is self._taking:
-            self._waits_again = True
+            self._again.append(connection)
             return
-        self._add(connection)
+        self._add(connection, max(self._used_s, connection.used_s) if connection.used_s else self._most_s)
         if not self._is_scheduled:
             self._began = None
             self._schedule()
@@ -108,9 +115,9 @@ class Turns:
             self._began = self.clock()
             self._schedule()
 
-    def _add(self, connection: Waiting) -> None:
-        # Of those that have used as much, the one that came first.
-        heapq.heappush(self._waiting, (max(self._used_s, connection.used_s), next(self._numbers), connection))
+    def _add(self, connection: Waiting, used_s: float) -> None:
+        # Of those that have used as much, the one that came first is next.
+        heapq.heappush(self._waiting, (used_s, next(self._numbers), connection))
 
     def _next(self) -> None:
         """Give the next connections their turns, until these have taken some time, or one of them much data."""
@@ -120,11 +127,14 @@ class Turns:
             self._adapt(now - self._began)
         self._began = now
         try:
-            for _ in range(len(waiting)):
+            while waiting:
                 if self._take_turn() or self.clock() - now > _TURNS_S:
                     break
         # A fault of one connection must not end the turns of the others.
         finally:
+            for connection in self._again:
+                self._add(connection, connection.used_s)
+            self._again.clear()
             if waiting:
                 self._schedule()
             else:
@@ -132,16 +142,16 @@ class Turns:
                 self.at_once = self._frames
 
     def _take_turn(self) -> bool:
-        self._used_s, _, connection = heapq.heappop(self._waiting)
+        """Give the next connection its turn. Return True when no other is to follow in this iteration."""
+        used_s, _, connection = heapq.heappop(self._waiting)
+        self._used_s = max(self._used_s, used_s)
         self._taking, began = connection, self.clock()
         try:
             return connection.take_turn(self._frames)
         finally:
-            connection.used_s = self._used_s + self.clock() - began
-            self._taking = None
-            if self._waits_again:
-                self._waits_again = False
-                self._add(connection)
+            self._taking, took_s = None, self.clock() - began
+            connection.used_s = used_s + min(max(took_s, _LEAST_S), _LONGEST_S)
+            self._most_s = max(self._most_s, connection.used_s)
 
     def _schedule(self) -> None:
         self._is_scheduled = True

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from functools import partial
+from itertools import count
 from typing import Any
 
 import grpc
@@ -254,6 +255,43 @@ def test_a_queue_that_empties_each_time_has_no_more_than_its_share():
     queues.add(b"a", "a")
     queues.add(b"b", "b")
     assert queues.next() == "a"
+
+
+def test_new_queues_without_end_keep_no_other_waiting():
+    queues: LeastUsed[str] = LeastUsed()
+    queues.add(b"old", "old")
+    queues.next()
+    queues.used(1.0, is_empty=False)
+    number, turns = count(), 0
+    for _ in range(4):
+        queues.add(b"%d" % next(number), "new")
+    for _ in range(1_000):
+        is_new = queues.next() == "new"
+        turns += not is_new
+        queues.used(1.0, is_empty=is_new)
+        if is_new:
+            queues.add(b"%d" % next(number), "new")
+    assert turns >= 200
+
+
+async def test_a_start_that_takes_long_by_chance_is_no_debt_for_long():
+    clock = Seconds()
+    starts, begun = Starts(clock), []
+
+    def start(name: str, cost_s: float) -> bool:
+        begun.append(name)
+        clock.now += cost_s
+        return False
+
+    # As one in which garbage is collected.
+    starts.add(b"a", b"1", partial(start, "unlucky", 0.15))
+    starts.add(b"a", b"1", partial(start, "next", 1e-4))
+    for _ in range(100):
+        starts.add(b"b", b"2", partial(start, "other", 1e-3))
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert len(begun) == 102
+    assert begun.index("next") < 10
 
 
 async def test_a_fault_of_one_start_keeps_no_other_call_waiting():
