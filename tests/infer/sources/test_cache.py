@@ -76,7 +76,11 @@ async def test_a_broken_download_goes_on_where_it_stopped(cache, source):
 @pytest.mark.parametrize("what", ["other bytes", "too few", "too many"])
 async def test_damaged_bytes_are_never_used(cache, source, what):
     right = source.artifacts[SHA]
-    source.artifacts[SHA] = {"other bytes": DATA[:-1] + b"?", "too few": DATA[:-1], "too many": DATA + b"?"}[what]
+    source.artifacts[SHA] = {
+        "other bytes": DATA[:-1] + bytes([DATA[-1] ^ 1]),
+        "too few": DATA[:-1],
+        "too many": DATA + b"?",
+    }[what]
     with pytest.raises(DataLoss, match=SHA):
         await cache.fetch(SHA, len(DATA))
     source.artifacts[SHA] = right
