@@ -33,6 +33,10 @@ TASKS = 8
 """Calls that begin in tasks in one iteration. What a task costs follows later: without a bound, a small call that had
 started was answered 60 ms later beside 512 such calls in flight."""
 
+# What a new tenant or sender has used: about as much as a start takes. With nothing, new ones without end would keep
+# all others waiting.
+_NEW_S = 0.0001
+
 # Tenants, or senders of a tenant, that are remembered while no call of theirs waits.
 _MOST_EMPTIED = 1_024
 
@@ -42,16 +46,14 @@ T = TypeVar("T")
 class LeastUsed(Generic[T]):
     """Queues by name, none of them empty: the one that has used the least time is next."""
 
-    __slots__ = ("_by_name", "_emptied", "_heap", "_most", "_numbers", "_used")
+    __slots__ = ("_by_name", "_emptied", "_heap", "_numbers", "_used")
 
     def __init__(self) -> None:
         self._by_name: dict[bytes, T] = {}
         self._heap: list[tuple[float, int, bytes]] = []
         self._numbers = count()
-        # Time that the last queue which was taken had used: one that comes back begins with as much, and saves nothing.
-        # The most that any has used: a new one begins with that. New ones without end, each of which began with less,
-        # would keep all others waiting.
-        self._used = self._most = 0.0
+        # Time that the last queue which was taken had used. One that comes back has used as much: it saves nothing.
+        self._used = 0.0
         # What queues that are empty now have used beyond that: they are soon there again, and begin with it.
         self._emptied: dict[bytes, float] = {}
 
@@ -65,7 +67,7 @@ class LeastUsed(Generic[T]):
     def add(self, name: bytes, queue: T) -> None:
         """Add a queue."""
         self._by_name[name] = queue
-        self._push(max(self._used, self._emptied.pop(name, self._most)), name)
+        self._push(max(self._used, self._emptied.pop(name, self._used + _NEW_S)), name)
 
     def next(self) -> T:
         """Return the next queue. There is one."""
@@ -76,7 +78,6 @@ class LeastUsed(Generic[T]):
         """Count time for the next queue, and remove it when it is empty now."""
         used, _, name = heapq.heappop(self._heap)
         used += took_s
-        self._most = max(self._most, used)
         if is_empty:
             del self._by_name[name]
             if not self._by_name:

@@ -5,8 +5,8 @@
                       └──in each iteration, a turn of the one that used least, or short turns of several──> handled
 
 With turns in their order of arrival, a connection that sends a few hundred frames a second fell behind those that
-flood. (Start-time fair queueing: Goyal, Vin, Cheng, 1996; what a turn counts is bounded here, and a new connection
-begins behind the others. So each of these has at most five turns before one that waits.)
+flood. (Start-time fair queueing: Goyal, Vin, Cheng, 1996. What a turn counts is bounded here, and a new connection has
+used a little: none is kept waiting without end.)
 
 The frames of a turn are few at first. They double while iterations are short, and are cut when one was long: some
 frames cost 1 us and others, with the task that they start, a thousand times as much.
@@ -33,10 +33,14 @@ _TURNS_S = 0.001
 
 # A turn counts for its connection as at least, and at most, so much. Some take little, and cost an iteration, as those
 # that only let the transport be read again; some take long by chance, as with a garbage collection.
-_LEAST_S, _LONGEST_S = 0.001, _ITERATION_S
+_LEAST_S, _LONGEST_S = 0.000_25, _ITERATION_S
+
+# What counts for a new connection before its first turn. With nothing, new ones without end would keep all others
+# waiting.
+_NEW_S = 0.001
 
 # Frames of a turn. A call is two of them.
-_FEWEST, _FIRST, _MOST = 8, 64, 512
+_FEWEST, _FIRST, _MOST = 16, 64, 512
 
 AT_ONCE = 16
 """Frames that a connection handles at once while others wait for their turn, or after one that handled more in the same
@@ -71,10 +75,9 @@ class Turns:
         # The connections that wait: time that each has used, number of its arrival.
         self._waiting: list[tuple[float, int, Waiting]] = []
         self._numbers = count()
-        # Time that the last connection which had a turn had used before: one that comes back begins with as much, and
-        # saves nothing. The most that any has used: a new one begins with that. New ones without end, each of which
-        # began with less, would keep all others waiting.
-        self._used_s = self._most_s = 0.0
+        # Time that the last connection which had a turn had used before. One that comes back has used as much: it saves
+        # nothing.
+        self._used_s = 0.0
         # The connection that has its turn, and those that are to have another, after this iteration.
         self._taking: Waiting | None = None
         self._again: list[Waiting] = []
@@ -90,7 +93,7 @@ class Turns:
         if connection is self._taking:
             self._again.append(connection)
             return
-        self._add(connection, max(self._used_s, connection.used_s) if connection.used_s else self._most_s)
+        self._add(connection, max(self._used_s, connection.used_s or self._used_s + _NEW_S))
         if not self._is_scheduled:
             self._began = None
             self._schedule()
@@ -151,12 +154,11 @@ class Turns:
         finally:
             self._taking, took_s = None, self.clock() - began
             connection.used_s = used_s + min(max(took_s, _LEAST_S), _LONGEST_S)
-            self._most_s = max(self._most_s, connection.used_s)
 
     def _schedule(self) -> None:
         self._is_scheduled = True
         asyncio.get_running_loop().call_soon(self._next)
-        self.at_once = min(AT_ONCE, self._frames)
+        self.at_once = AT_ONCE
 
     def _adapt(self, took_s: float) -> None:
         if took_s > _ITERATION_S:

@@ -261,14 +261,14 @@ def test_new_queues_without_end_keep_no_other_waiting():
     queues: LeastUsed[str] = LeastUsed()
     queues.add(b"old", "old")
     queues.next()
-    queues.used(1.0, is_empty=False)
+    queues.used(1e-3, is_empty=False)
     number, turns = count(), 0
     for _ in range(4):
         queues.add(b"%d" % next(number), "new")
-    for _ in range(1_000):
+    for _ in range(10_000):
         is_new = queues.next() == "new"
         turns += not is_new
-        queues.used(1.0, is_empty=is_new)
+        queues.used(1e-3, is_empty=is_new)
         if is_new:
             queues.add(b"%d" % next(number), "new")
     assert turns >= 200

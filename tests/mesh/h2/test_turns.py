@@ -118,7 +118,7 @@ async def test_turns_grow_while_they_are_short_and_shrink_after_a_long_one():
     assert cheap.taken[-1] == 512
     [dear] = await turned(1e-3)
     assert dear.taken[0] == 64
-    assert dear.taken[-1] == 8
+    assert dear.taken[-1] == 16
 
 
 async def test_turns_do_not_shrink_while_other_processes_use_the_processor():
@@ -158,11 +158,11 @@ async def test_short_turns_are_in_one_iteration_and_a_long_one_has_its_own():
 
 
 async def test_a_connection_whose_turns_take_little_has_more_of_them():
-    *costly, cheap = await turned(*[1e-3] * 8, 1e-4, iterations=500)
-    assert sum(cheap.taken) > 4 * max(sum(each.taken) for each in costly)
-    # As much counts for all of them, but for two turns.
-    used = [each.used_s for each in (*costly, cheap)]
-    assert max(used) - min(used) <= 0.01
+    *costly, cheap = await turned(*[1e-3] * 8, 1e-5, iterations=500)
+    # It has one in each iteration, but for some at the begin. The others have equal shares, but for one turn.
+    assert len(cheap.taken) > 450
+    used = [each.used_s for each in costly]
+    assert max(used) - min(used) < 0.0051
 
 
 async def test_a_connection_that_comes_back_has_saved_no_turns():
@@ -204,7 +204,7 @@ async def test_new_connections_without_end_keep_no_other_waiting():
         await asyncio.sleep(0)
     new: list[Once] = []
     for before in range(len(old.taken), len(old.taken) + 200):
-        for _ in range(5):
+        for _ in range(25):
             new = [each for each in new if not each.taken]
             while len(new) < 4:
                 new.append(Once(turns, clock, 1e-4))
@@ -252,7 +252,7 @@ async def test_connections_that_come_and_go_are_not_kept():
 
 
 @pytest.mark.parametrize("cost_s", [1e-9, 3e-3])
-async def test_a_connection_waits_for_at_most_five_turns_of_each_other_one(cost_s):
+async def test_a_connection_waits_for_at_most_twenty_turns_of_each_other_one(cost_s):
     """Turns may take nothing, as those that let the transport be read again. Each has an iteration of its own."""
 
     class Alone(Endless):
@@ -267,13 +267,13 @@ async def test_a_connection_waits_for_at_most_five_turns_of_each_other_one(cost_
     for each in (one, *others):
         turns.wait(each)
     waits, last = [], 0
-    for iteration in range(5_000):
+    for iteration in range(20_000):
         await asyncio.sleep(0)
         if len(one.taken) > len(waits):
             waits.append(iteration - last)
             last = iteration
     assert len(waits) > 40
-    assert max(waits) <= 5 * len(others) + 1
+    assert max(waits) <= 20 * len(others) + 1
     for each in (one, *others):
         each.is_lost = True
     for _ in range(30):
