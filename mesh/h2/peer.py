@@ -98,7 +98,7 @@ class Peer(asyncio.Protocol, ABC):
         self._continuations = 0
         self._newest = 0
         self._credit = 0
-        # Time that the data which arrived last took, and turns.
+        # Time that the data which arrived last took; what counts for its turns (`Turns`).
         self._took_s = self.used_s = 0.0
 
     def _begin(self, transport: asyncio.BaseTransport) -> None:

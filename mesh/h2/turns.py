@@ -6,7 +6,7 @@
 
 With turns in their order of arrival, a connection that sends a few hundred frames a second fell behind those that
 flood. (Start-time fair queueing: Goyal, Vin, Cheng, 1996. What a turn counts is bounded here, and a new connection has
-used a little: none is kept waiting without end.)
+used a little: none is kept waiting without end.) A connection has one turn in an iteration.
 
 The frames of a turn are few at first. They double while iterations are short, and are cut when one was long: some
 frames cost 1 us and others, with the task that they start, a thousand times as much.
@@ -61,7 +61,7 @@ class Waiting(Protocol):
     """A connection with frames that wait."""
 
     used_s: float
-    """What `Turns` counts for it: 0 before its first turn."""
+    """Time that counts as used, in the queue's own count: 0 before its first turn."""
 
     def take_turn(self, frames: int) -> bool:
         """Handle some of them. Return True when no other turn is to follow in this iteration, as after much data."""
@@ -75,7 +75,7 @@ class Turns:
         # The connections that wait: time that each has used, number of its arrival.
         self._waiting: list[tuple[float, int, Waiting]] = []
         self._numbers = count()
-        # Time that the last connection which had a turn had used before. One that comes back has used as much: it saves
+        # The most that a connection which had a turn had used before it. One that comes back has used as much: it saves
         # nothing.
         self._used_s = 0.0
         # The connection that has its turn, and those that are to have another, after this iteration.
@@ -136,7 +136,8 @@ class Turns:
         # A fault of one connection must not end the turns of the others.
         finally:
             for connection in self._again:
-                self._add(connection, connection.used_s)
+                # Its share of the iterations that it had with others is not saved up, either.
+                self._add(connection, max(self._used_s - _LONGEST_S, connection.used_s))
             self._again.clear()
             if waiting:
                 self._schedule()

@@ -113,7 +113,7 @@ class Http1Connection(asyncio.Protocol):
         self._is_write_paused = self._is_read_paused = False
         self._on_sent: Callable[[], None] | None = None
         self._ticks = self._dropped = 0
-        # Time that the data which arrived last took.
+        # Time that the data which arrived last took; what counts for its turns (`Turns`).
         self._took_s = self.used_s = 0.0
         self._lingering: asyncio.TimerHandle | None = None
         self._tick_timer: asyncio.TimerHandle | None = None

@@ -274,6 +274,28 @@ def test_new_queues_without_end_keep_no_other_waiting():
     assert turns >= 200
 
 
+async def test_cheap_starts_of_tasks_do_not_keep_a_costly_sender_waiting():
+    """Few tasks begin in an iteration: those of other senders count as more than the time of their start."""
+    clock = Seconds()
+    starts, begun = Starts(clock), []
+
+    def start(name: str, cost_s: float, *, is_task: bool) -> bool:
+        begun.append(name)
+        clock.now += cost_s
+        return is_task
+
+    for _ in range(100):
+        for sender in (b"1", b"2", b"3", b"4"):
+            starts.add(b"a", sender, partial(start, "task", 2e-5, is_task=True))
+    for _ in range(2):
+        starts.add(b"a", b"5", partial(start, "costly", 0.005, is_task=False))
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert len(begun) == 402
+    first = begun.index("costly")
+    assert begun.index("costly", first + 1) - first < 100
+
+
 async def test_a_start_that_takes_long_by_chance_is_no_debt_for_long():
     clock = Seconds()
     starts, begun = Starts(clock), []
@@ -320,7 +342,7 @@ async def test_time_that_another_process_had_counts_for_no_sender():
     # As when another process has the processor while the first call starts.
     starts.add(b"a", b"1", partial(start, "interrupted", sleeps_s=0.05))
     for _ in range(10):
-        starts.add(b"b", b"2", partial(start, "costly", busy_s=0.004))
+        starts.add(b"b", b"2", partial(start, "costly", busy_s=0.001))
     starts.add(b"a", b"1", partial(start, "next"))
     for _ in range(30):
         await asyncio.sleep(0)

@@ -348,21 +348,79 @@ async def test_a_fault_of_a_connection_does_not_end_the_turns_of_others():
     clock = Seconds()
     turns = Turns(clock)
 
-    class Faulty:
-        used_s = 0.0
-
+    class Faulty(Endless):
         def take_turn(self, count: int) -> bool:
+            super().take_turn(count)
             raise RuntimeError("a fault")
 
     asyncio.get_running_loop().set_exception_handler(lambda *_: None)
-    alive = Endless(turns, clock, 1e-6)
-    turns.wait(Faulty())
+    alive, faulty = Endless(turns, clock, 1e-6), Faulty(turns, clock, 1e-6)
+    turns.wait(faulty)
     turns.wait(alive)
     for _ in range(4):
         await asyncio.sleep(0)
     assert alive.taken
+    # It waits again before it fails: it has its next turn, too.
+    assert len(faulty.taken) > 1
     alive.is_lost = True
-    await asyncio.sleep(0)
+    faulty.take_turn = lambda count: False  # type: ignore[method-assign]
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
+async def test_a_connection_that_waits_again_later_has_its_turn():
+    turns = Turns(Seconds())
+    taken: list[int] = []
+
+    class Brief:
+        used_s = 0.0
+
+        def take_turn(self, count: int) -> bool:
+            taken.append(count)
+            return False
+
+    one = Brief()
+    for turn in (1, 2, 3):
+        turns.wait(one)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert len(taken) == turn
+
+
+async def test_a_connection_saves_nothing_in_iterations_that_it_shares():
+    clock = Seconds()
+    turns = Turns(clock)
+    one, other = Endless(turns, clock, 1e-9), Endless(turns, clock, 1e-6)
+    turns.wait(one)
+    turns.wait(other)
+    for _ in range(10_000):
+        await asyncio.sleep(0)
+    # Now each of its turns is an iteration.
+    one._frame_s = 1e-4
+    for _ in range(10):
+        before = len(other.taken)
+        for _ in range(45):
+            await asyncio.sleep(0)
+        assert len(other.taken) > before
+    one.is_lost = other.is_lost = True
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
+async def test_a_lost_connection_that_had_waited_waits_once():
+    memory, app = Memory(), Holding(1 << 10)
+    memory.turns = Turns(lambda: 1.0)
+    lost = opened(app, memory)
+    lost.data_received(calls(CALL, 200))
+    for _ in range(2):
+        await asyncio.sleep(0)
+    assert lost._is_waiting
+    lost.connection_lost(None)
+    assert len(memory.turns._waiting) == 1
+    begun = lost._newest // 2 + 1
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert app.left == begun
 
 
 async def test_of_connections_that_send_at_the_same_time_one_begins_many_calls_and_the_others_few():
