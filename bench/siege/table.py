@@ -96,8 +96,8 @@ def _machine() -> str:
 
 def _method(phases: Phases, processors: str) -> str:
     return (
-        f"The server, and its Envoy, MongoDB and etcd, run on {processors}; two bystanders ({RATE} calls/s each), the "
-        "probe and the attacker on processor 1, where the attacker gets what the others leave. "
+        f"The server, and its Envoy, MongoDB and etcd, run on {processors}; two bystanders ({RATE} calls/s each) and "
+        "the probe on processor 1, and the attacker there, who gets what they leave. "
         f"Quiet {phases.quiet:g} s, attack {phases.during:g} s, after {phases.after:g} s.\n\n"
         "Latencies are p50/p99 in ms of the worse bystander, from when a call was due. Errors are those of the "
         'bystander of the attacker\'s tenant + those of the other. Memory is before/peak/after; "back" is the time '

@@ -26,13 +26,15 @@ log = logging.getLogger(__name__)
 # Time for starts in one iteration of the event loop. One call may take longer.
 _ITERATION_S = 0.0025
 
-# A start counts as at most so long: some take long by chance, as with a garbage collection. One that begins a task
-# counts as at least its part of an iteration.
+# A start counts as at most so long: some take long by chance, as with a garbage collection.
 _LONGEST_S = 2 * _ITERATION_S
 
 TASKS = 8
 """Calls that begin in tasks in one iteration. What a task costs follows later: without a bound, a small call that had
 started was answered 60 ms later beside 512 such calls in flight."""
+
+# A start of a task counts as at least its part of an iteration.
+_TASK_S = _ITERATION_S / TASKS
 
 # What a new tenant or sender has used: as much as a cheap start takes. With nothing, new ones without end would keep
 # all others waiting.
@@ -152,7 +154,7 @@ class Starts:
                 log.exception("a fault while starting a call", {"event": "call.start_failed"})
             now = self.clock()
             tasks += is_task
-            took_s = min(max(now - began, is_task * _ITERATION_S / TASKS), _LONGEST_S)
+            took_s = min(max(now - began, _TASK_S if is_task else 0.0), _LONGEST_S)
             senders.used(took_s, is_empty=not waiting)
             tenants.used(took_s, is_empty=not senders)
             began = now

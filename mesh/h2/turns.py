@@ -68,7 +68,7 @@ class Waiting(Protocol):
 
 
 class Turns:
-    """Queue of the connections of one server, or of one client."""
+    """Queue of the connections of one server."""
 
     def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
         self.clock = clock
