@@ -30,7 +30,7 @@ from mesh.rest.json_text import PARSER, parsed_bytes
 from mesh.rest.target import Target
 from mesh.rest.tenant_lock import TenantLock
 from mesh.rpc import status, tail_spans
-from mesh.rpc.access import tenant_of
+from mesh.rpc.access import CALLER, tenant_of
 from mesh.rpc.auditing import ADDRESS, Auditing
 from mesh.rpc.call_context import CallContext
 from mesh.rpc.fast_spans import FastTracer
@@ -51,7 +51,7 @@ from mesh.rpc.heavy_work import Steps
 from mesh.rpc.held_shares import CallLimits
 from mesh.rpc.interceptors import FAILURES, log_error, status_of
 from mesh.rpc.parsing import UNSCANNED_BYTES, parse_in_turn
-from mesh.rpc.slow_call import CALLER, SIGNER, CallTable
+from mesh.rpc.slow_call import SIGNER, CallTable
 from mesh.rpc.stream_memory import StreamMemory
 from mesh.rpc.tail_spans import MODEL, NO_ATTRIBUTES, Attributes
 from shoal.access.audit import AUDITED

@@ -18,7 +18,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mesh.process.tasks import Background
 from mesh.rpc.held_shares import CallLimits, HeldShares
@@ -32,9 +32,6 @@ from shoal.access.rpc_groups import ACCESS_SERVICE, MODEL_INFER, OF_LAUNCHER, is
 from shoal.errors import PermissionDenied, ShoalError, Unauthenticated, Unavailable
 from shoal.tenant_header import TENANT_HEADER
 
-if TYPE_CHECKING:
-    from mesh.rpc.fast_call import FastCall, FastHandler
-
 log = logging.getLogger(__name__)
 
 # Callers whose decisions are cached: as many as the gateway caches tokens. Beyond it, the cache is cleared.
@@ -44,7 +41,7 @@ _DECISIONS = 1024
 # Pause between two checks for expired tokens of open calls.
 _EXPIRY_CHECK_S = 2.0
 
-_CALLER, _TENANT = CALLER_HEADER.encode(), TENANT_HEADER.encode()
+CALLER, _TENANT = CALLER_HEADER.encode(), TENANT_HEADER.encode()
 # Values of the header without claims.
 _UNNAMED = (None, LAUNCHER, SERVICE)
 _ALLOWED = Decision(True, "a check of the server's health, its launcher, or a service of the mesh")
@@ -60,7 +57,7 @@ def caller_in(context: Any) -> bytes | None:
 
 def tenant_of(access: Access | None, headers: Mapping[bytes, bytes]) -> str:
     """Return the tenant of a call: the verified caller's; of a service, or without access, the one that it names."""
-    caller = headers.get(_CALLER)
+    caller = headers.get(CALLER)
     if access is not None and caller not in _UNNAMED:
         try:
             known = access.identify(caller)
@@ -68,22 +65,6 @@ def tenant_of(access: Access | None, headers: Mapping[bytes, bytes]) -> str:
             return ""
         return "" if known is None else known.tenant
     return headers.get(_TENANT, b"").decode("latin-1")
-
-
-def admitted(methods: Mapping[str, FastHandler], access: Access | None) -> Mapping[str, FastHandler]:
-    """Return handlers of the fast path that ask `access` for each call, as the slow path does. No model is known."""
-    return methods if access is None else {rpc: _Admitted(rpc, handler, access) for rpc, handler in methods.items()}
-
-
-class _Admitted:
-    def __init__(self, rpc: str, handler: FastHandler, access: Access) -> None:
-        self._rpc = rpc
-        self._handler = handler
-        self._access = access
-
-    def __call__(self, body: bytes, call: FastCall) -> None:
-        self._access.check(self._rpc, call.headers.get(_CALLER))
-        self._handler(body, call)
 
 
 class _Known:

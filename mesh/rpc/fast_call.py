@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from mesh.h2.frames import DEFAULT_FRAME
@@ -18,7 +18,7 @@ from mesh.h2.headers import encode, response_head
 from mesh.h2.server_connection import TENANT
 from mesh.h2.stream import SMALL_BODY, ServerStream
 from mesh.rpc import status, tail_spans
-from mesh.rpc.access import Access, tenant_of
+from mesh.rpc.access import CALLER, Access, tenant_of
 from mesh.rpc.fast_spans import FastTracer, parent_of
 from mesh.rpc.framing import (
     JOIN_BYTES,
@@ -388,3 +388,19 @@ class Deadlines:
                     log.exception("the end of a call at its deadline failed", {"event": "call.deadline_failed"})
         finally:
             self._timer = self._loop.call_later(_DEADLINE_CHECK_S, self._check) if self._calls else None
+
+
+def admitted(methods: Mapping[str, FastHandler], access: Access | None) -> Mapping[str, FastHandler]:
+    """Return handlers that ask `access` for each call, as the slow path does. No model is known."""
+    return methods if access is None else {rpc: _Admitted(rpc, handler, access) for rpc, handler in methods.items()}
+
+
+class _Admitted:
+    def __init__(self, rpc: str, handler: FastHandler, access: Access) -> None:
+        self._rpc = rpc
+        self._handler = handler
+        self._access = access
+
+    def __call__(self, body: bytes, call: FastCall) -> None:
+        self._access.check(self._rpc, call.headers.get(CALLER))
+        self._handler(body, call)

@@ -20,7 +20,7 @@ from mesh.h2.headers import encode, response_head
 from mesh.h2.server_connection import TENANT
 from mesh.h2.stream import SMALL_BODY, ServerStream
 from mesh.rpc import status, tail_spans
-from mesh.rpc.access import Access
+from mesh.rpc.access import CALLER, Access
 from mesh.rpc.call_context import CallContext, Metadata
 from mesh.rpc.framing import (
     ACCEPTED,
@@ -44,7 +44,7 @@ from mesh.rpc.heavy_work import HeavyWork
 from mesh.rpc.interceptors import status_of
 from mesh.rpc.message_threads import MessageThreads
 from mesh.rpc.parsing import Parser, parse_in_turn
-from shoal.access.caller_header import CALLER_HEADER, SIGNER_HEADER
+from shoal.access.caller_header import SIGNER_HEADER
 from shoal.errors import TRACE_KEY, Code, DeadlineExceeded, InvalidArgument, ShoalError, trace_of
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 # A stream that has never sent a message is ended after so long, as at Envoy (stream_idle_timeout). One that has may be
 # silent as long as it likes.
 _NEVER_SENT_S = 300.0
-CALLER, SIGNER = CALLER_HEADER.encode(), SIGNER_HEADER.encode()
+SIGNER = SIGNER_HEADER.encode()
 
 
 class CallTable(Protocol):

@@ -18,9 +18,10 @@ from mesh.process.signals import until_stopped
 from mesh.process.tasks import end, log_failure
 from mesh.removal_guard import MARK_VALIDATOR, MARKS
 from mesh.rpc import span_listing
-from mesh.rpc.access import Access, admitted
+from mesh.rpc.access import Access
 from mesh.rpc.auditing import auditing_of
 from mesh.rpc.cluster_access import access_of, published
+from mesh.rpc.fast_call import admitted
 from mesh.rpc.held_shares import HeldShares
 from mesh.rpc.server import Server
 from mesh.rpc.tenant_scope import Scopes

@@ -16,9 +16,10 @@ from mesh.process.signals import until_stopped
 from mesh.process.threads import Threads
 from mesh.removal_guard import MARKS, RemovalGuard
 from mesh.rpc import span_listing
-from mesh.rpc.access import Access, admitted
+from mesh.rpc.access import Access
 from mesh.rpc.auditing import Auditing
 from mesh.rpc.cluster_access import access_of, published
+from mesh.rpc.fast_call import admitted
 from mesh.rpc.server import Rpc, Server
 from mesh.rpc.task_methods import TaskMethods
 from mesh.rpc.tenant_scope import Scopes

@@ -32,7 +32,8 @@ from services.infer.models.version import Version
 from services.infer.requests.outcome import InferenceResult
 from services.infer.requests.request import InferenceRequest
 from services.infer.requests.tensors import Tensor
-from services.infer.rest.inference import BINARY, BINARY_END, HEADER_LENGTH, begun, described, is_retry, write
+from services.infer.rest.response import BINARY, BINARY_END, HEADER_LENGTH, begun, described, write
+from services.infer.scheduling.crash_guard import is_retry
 from shoal.errors import ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.oip.datatypes import BY_NAME, Datatype
@@ -133,7 +134,7 @@ class FastRestInfer:
         headers, target = call.headers, call.target
         digits = headers.get(HEADER_LENGTH)
         found = self._read_json(target, body) if digits is None else self._read_binary(target, body, digits)
-        if found is None or is_retry(call) or any(name in headers for name in _UNUSUAL):
+        if found is None or is_retry(headers) or any(name in headers for name in _UNUSUAL):
             return False
         known, request = found
         try:

@@ -23,7 +23,8 @@ from mesh.rest.target import Target
 from services.infer.core import InferenceServer
 from services.infer.error_text import quoted
 from services.infer.requests.signature import Signature, TensorSpec
-from services.infer.rest.inference import begun, is_retry
+from services.infer.rest.response import begun
+from services.infer.scheduling.crash_guard import is_retry
 from shoal.errors import Internal, InvalidArgument, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.oip.limits import MAX_TENSORS
@@ -62,7 +63,7 @@ async def _documents(
             message,
             call.deadline,
             call.tenant,
-            is_retry=is_retry(call),
+            is_retry=is_retry(call.headers),
             memory=call,
             message_bytes=size,
             limits=call.limits,

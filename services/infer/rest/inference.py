@@ -1,6 +1,4 @@
-"""infer: from the body of a request to a message (mesh.rest.infer_request), and from a response to a body.
-
-    ModelInferResponse ──write──> {"outputs": [...]} raw raw ...
+"""infer: from the body of a request to a message (mesh.rest.infer_request), and from its response to a body (response).
 
 Format: https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
 """
@@ -8,13 +6,10 @@ Format: https://github.com/triton-inference-server/server/blob/main/docs/protoco
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
-
-import orjson
+from collections.abc import Sequence
+from typing import cast
 
 from mesh.h2.stream import SMALL_BODY
-from mesh.rest import tensor_json
 from mesh.rest.call import Reply, RestCall, header_length
 from mesh.rest.infer_request import Wanted, read
 from mesh.rest.json_text import as_object
@@ -22,25 +17,11 @@ from mesh.rest.target import Target
 from services.infer.core import InferenceServer
 from services.infer.error_text import quoted
 from services.infer.fast_path.large_request import LARGE_BYTES, LargeRequest
-from services.infer.scheduling.crash_guard import ATTEMPT
+from services.infer.rest.fast_infer import FastRestInfer
+from services.infer.rest.response import write
+from services.infer.scheduling.crash_guard import is_retry
 from shoal.errors import InvalidArgument, Unimplemented
 from shoal.inference.v2 import inference_pb2 as pb
-
-if TYPE_CHECKING:
-    from services.infer.rest.fast_infer import FastRestInfer
-
-BINARY = b"application/octet-stream"
-"""Content type of a response with binary tensors."""
-HEADER_LENGTH = b"inference-header-content-length"
-BINARY_END = b',"parameters":{"binary_data_size":%d}}'
-"""Rest of an output's JSON when its data is binary."""
-
-_ATTEMPT = ATTEMPT.encode()
-
-
-def is_retry(call: RestCall) -> bool:
-    """Return True when the mesh has sent the request to another instance before."""
-    return call.headers.get(_ATTEMPT, b"1") != b"1"
 
 
 async def infer(server: InferenceServer, fast: FastRestInfer, call: RestCall) -> Reply:
@@ -59,7 +40,7 @@ async def infer(server: InferenceServer, fast: FastRestInfer, call: RestCall) ->
         message,
         call.deadline,
         call.tenant,
-        is_retry=is_retry(call),
+        is_retry=is_retry(call.headers),
         memory=call,
         message_bytes=len(body),
         limits=call.limits,
@@ -113,45 +94,3 @@ def _raw_request(server: InferenceServer, target: Target, body: bytes) -> pb.Mod
     return pb.ModelInferRequest(
         model_name=target.model, model_version=target.version, inputs=[tensor], raw_input_contents=[body]
     )
-
-
-def parameters_of(given: Mapping[str, pb.InferParameter]) -> dict[str, Any]:
-    """Return the parameters of a message as JSON."""
-    return {
-        name: getattr(value, value.WhichOneof("parameter_choice") or "string_param") for name, value in given.items()
-    }
-
-
-def begun(response: pb.ModelInferResponse) -> dict[str, Any]:
-    """Return the members of a response before its outputs."""
-    found: dict[str, Any] = {"id": response.id} if response.id else {}
-    found |= {"model_name": response.model_name, "model_version": response.model_version}
-    return found | ({"parameters": parameters_of(response.parameters)} if response.parameters else {})
-
-
-def described(name: str, datatype: str, shape: Sequence[int]) -> bytes:
-    """Return the beginning of an output's JSON, before its data."""
-    return orjson.dumps({"name": name, "datatype": datatype, "shape": list(shape)})[:-1]
-
-
-async def write(response: pb.ModelInferResponse, wanted: Wanted, call: RestCall) -> Reply:
-    """Return the response of a call."""
-    parts = [orjson.dumps(begun(response))[:-1], b',"outputs":[']
-    raw: list[bytes] = []
-    for number, output in enumerate(response.outputs):
-        contents = response.raw_output_contents[number]
-        parts += [b"," if number else b"", described(output.name, output.datatype, output.shape)]
-        if wanted.is_binary(output.name):
-            parts.append(BINARY_END % len(contents))
-            raw.append(contents)
-            continue
-        parts.append(b',"data":[')
-        pieces = await tensor_json.to_json(contents, output.datatype, math.prod(output.shape), output.name)
-        call.hold_response(sum(map(len, pieces)))
-        parts += [*pieces, b"]}"]
-    parts.append(b"]}")
-    if not raw:
-        return Reply(b"".join(parts))
-    size = sum(map(len, parts))
-    call.hold_response(size + sum(map(len, raw)))
-    return Reply(b"".join((*parts, *raw)), BINARY, fields=((HEADER_LENGTH, b"%d" % size),))

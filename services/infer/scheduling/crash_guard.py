@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 ATTEMPT = "x-envoy-attempt-count"
 """Header in which Envoy counts the attempts of a request, from 1."""
+_ATTEMPT = ATTEMPT.encode()
 
 # A fingerprint is computed for each run: of larger inputs and elements, 2 KiB that spread over all bytes are read. So
 # padded and letterboxed inputs differ.
@@ -52,6 +53,11 @@ class JournaledExecution:
         outcomes = self._execution.run(batch)
         self._slot.end()
         return outcomes
+
+
+def is_retry(headers: Mapping[bytes, bytes]) -> bool:
+    """Return True when the mesh has sent the request with these headers to another instance before."""
+    return headers.get(_ATTEMPT, b"1") != b"1"
 
 
 def journaled(journal: CrashJournal, model: str, execution: Execution) -> Executor:
