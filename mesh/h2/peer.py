@@ -38,7 +38,7 @@ from mesh.h2.frames import (
 from mesh.h2.headers import LIST_BYTES, Block, Decoder, HeaderCache
 from mesh.h2.memory_account import ClientShare, Share, unlimited
 from mesh.h2.sending import Sender
-from mesh.h2.turns import AT_ONCE, PART_FRAMES, PART_S, Turns
+from mesh.h2.turns import AT_ONCE, PART_FRAMES, PART_S, Lot, Turns
 
 log = logging.getLogger(__name__)
 
@@ -89,8 +89,6 @@ class Peer(asyncio.Protocol, ABC):
         self._turns = turns
         # Frames of earlier data wait for their turn; the transport cannot write.
         self._is_waiting = self._is_write_paused = False
-        # It waits since READ_BYTES had arrived, whether or not frames are left.
-        self._has_sent_much = False
         self._unparsed = b""
         self._has_preface = not awaits_preface
         self._has_settings = False
@@ -98,8 +96,9 @@ class Peer(asyncio.Protocol, ABC):
         self._continuations = 0
         self._newest = 0
         self._credit = 0
-        # Time that the data which arrived last took; what counts for its turns (`Turns`).
+        # Time that the data which arrived last took; what counts for its turns, and their kind (`Turns`).
         self._took_s = self.used_s = 0.0
+        self.lot = Lot.DIRECT
 
     def _begin(self, transport: asyncio.BaseTransport) -> None:
         self._transport: asyncio.Transport = transport  # type: ignore[assignment] # uvloop's is of no common class.
@@ -136,7 +135,7 @@ class Peer(asyncio.Protocol, ABC):
             return
         if turns.must_wait(len(data), self._took_s):
             self._unparsed += data
-            self._wait_for_turn()
+            self._wait_for_turn(len(data))
             return
         began = turns.clock()
         self._handle(data, turns.at_once)
@@ -150,22 +149,26 @@ class Peer(asyncio.Protocol, ABC):
         self._sender.flush()
 
     def take_turn(self, frames: int) -> bool:
-        """Handle some of the frames that wait. Return True after much data (`Turns`)."""
+        """Handle some of the frames that wait. Return False when there are none any more (`Turns`)."""
         if not self._is_waiting:
             return False
         self._is_waiting = False
-        is_much, self._has_sent_much = self._has_sent_much or len(self._unparsed) > READ_BYTES, False
         self._handle(b"", frames)
         self._read_if_free()
-        return is_much
+        return True
 
-    def _wait_for_turn(self) -> None:
-        """Handle the rest later. Meanwhile the connection is not read."""
+    def _wait_for_turn(self, size: int) -> None:
+        """Handle the rest of `size` bytes later. Meanwhile the connection is not read."""
         assert self._turns is not None
         self._is_waiting = True
+        self.lot = self._lot(size)
         self._turns.wait(self)
         if not self._transport.is_closing():
             self._transport.pause_reading()
+
+    def _lot(self, size: int) -> Lot:
+        """Return the kind of the connection while `size` bytes wait."""
+        return Lot.DIRECT
 
     def _read_if_free(self) -> None:
         """Read from the transport again, unless there is another reason not to."""
@@ -217,7 +220,7 @@ class Peer(asyncio.Protocol, ABC):
                 checked += PART_FRAMES
                 now = self._turns.clock()
                 if self._has_handled_enough(now - (began or now)):
-                    self._wait_for_turn()
+                    self._wait_for_turn(end)
                     break
                 began = began or now
             high, low, kind, flags, number = unpack(data, at)
@@ -239,11 +242,10 @@ class Peer(asyncio.Protocol, ABC):
                 self._on_other(kind, flags, number & LARGEST_WINDOW, payload)
         else:
             if at < end:
-                self._wait_for_turn()
+                self._wait_for_turn(end)
         if (end > READ_BYTES or handled > AT_ONCE) and self._turns is not None and not self._is_waiting:
             if end > READ_BYTES:
-                self._has_sent_much = True
-                self._wait_for_turn()
+                self._wait_for_turn(end)
             else:
                 self._turns.used()
         self._unparsed = data[at:]

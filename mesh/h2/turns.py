@@ -2,7 +2,7 @@
 
     data ──first frames──> handled at once: many of the first connection, few of each other in the same iteration
          └──more──> the connections, by the time their turns took
-                      └──in each iteration, a turn of the one that used least, or short turns of several──> handled
+                      └──in each iteration, turns of those that used least: short ones, one with much data, one direct
 
 With turns in their order of arrival, a connection that sends a few hundred frames a second fell behind those that
 flood. (Start-time fair queueing: Goyal, Vin, Cheng, 1996. What a turn counts is bounded here, and a new connection has
@@ -21,6 +21,7 @@ import asyncio
 import heapq
 import time
 from collections.abc import Callable
+from enum import Enum
 from itertools import count
 from typing import Protocol
 
@@ -57,14 +58,27 @@ Calls of an ensemble cost 0.5 ms each, and find turns of many frames after cheap
 _CHEAP_BYTES, _CHEAP_S = 4096, _ITERATION_S / 2
 
 
+class Lot(Enum):
+    """Kind of what waits."""
+
+    SHORT = 0
+    """Frames of an Envoy's connection without much data: any number of such turns in an iteration."""
+    MUCH = 1
+    """Much data of an Envoy's connection: one such turn in an iteration."""
+    DIRECT = 2
+    """Other connections: one such turn in an iteration."""
+
+
 class Waiting(Protocol):
     """A connection with frames that wait."""
 
     used_s: float
     """Time that counts as used, in the queue's own count: 0 before its first turn."""
+    lot: Lot
+    """Its kind, which stays the same while it waits."""
 
     def take_turn(self, frames: int) -> bool:
-        """Handle some of them. Return True when no other turn is to follow in this iteration, as after much data."""
+        """Handle some of them. Return False when there are none any more."""
 
 
 class Turns:
@@ -73,7 +87,7 @@ class Turns:
     def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
         self.clock = clock
         # The connections that wait: time that each has used, number of its arrival.
-        self._waiting: list[tuple[float, int, Waiting]] = []
+        self._waiting: dict[Lot, list[tuple[float, int, Waiting]]] = {lot: [] for lot in Lot}
         self._numbers = count()
         # The most that a connection which had a turn had used before it. One that comes back has used as much: it saves
         # nothing.
@@ -120,34 +134,39 @@ class Turns:
 
     def _add(self, connection: Waiting, used_s: float) -> None:
         # Of those that have used as much, the one that came first is next.
-        heapq.heappush(self._waiting, (used_s, next(self._numbers), connection))
+        heapq.heappush(self._waiting[connection.lot], (used_s, next(self._numbers), connection))
 
     def _next(self) -> None:
-        """Give the next connections their turns, until these have taken some time, or one of them much data."""
-        waiting = self._waiting
+        """Give the next connections their turns, until these have taken some time: of each kind, as many as it may."""
         now, self._spent_s = self.clock(), 0.0
         if self._began is not None:
             self._adapt(now - self._began)
         self._began = now
+        left = [lot for lot in Lot if self._waiting[lot]]
         try:
-            while waiting:
-                if self._take_turn() or self.clock() - now > _TURNS_S:
+            while left:
+                # Of those that have used as much, the one that came first.
+                lot = min(left, key=lambda lot: self._waiting[lot][0][:2])
+                has_taken = self._take_turn(self._waiting[lot])
+                if self.clock() - now > _TURNS_S:
                     break
+                if (has_taken and lot is not Lot.SHORT) or not self._waiting[lot]:
+                    left.remove(lot)
         # A fault of one connection must not end the turns of the others.
         finally:
             for connection in self._again:
                 # Its share of the iterations that it had with others is not saved up, either.
                 self._add(connection, max(self._used_s - _LONGEST_S, connection.used_s))
             self._again.clear()
-            if waiting:
+            if any(self._waiting.values()):
                 self._schedule()
             else:
                 self._is_scheduled = False
                 self.at_once = self._frames
 
-    def _take_turn(self) -> bool:
-        """Give the next connection its turn. Return True when no other is to follow in this iteration."""
-        used_s, _, connection = heapq.heappop(self._waiting)
+    def _take_turn(self, waiting: list[tuple[float, int, Waiting]]) -> bool:
+        """Give the next connection its turn. Return False when it had none to take any more."""
+        used_s, _, connection = heapq.heappop(waiting)
         self._used_s = max(self._used_s, used_s)
         self._taking, began = connection, self.clock()
         try:

@@ -20,6 +20,7 @@ from mesh.h2.memory_account import Share
 from mesh.h2.peer import READ_BYTES
 from mesh.h2.server_connection import LINGER_S, TENANT, Memory, ServerConnection, disconnect
 from mesh.h2.stream import NO_HANDLER, STREAM_BYTES, Application, ServerStream
+from mesh.h2.turns import Lot
 from mesh.h2.unread import TICK_S, Unread
 from mesh.http1.requests import BadRequest, Head, RequestReader
 
@@ -115,6 +116,7 @@ class Http1Connection(asyncio.Protocol):
         self._ticks = self._dropped = 0
         # Time that the data which arrived last took; what counts for its turns (`Turns`).
         self._took_s = self.used_s = 0.0
+        self.lot = Lot.DIRECT
         self._lingering: asyncio.TimerHandle | None = None
         self._tick_timer: asyncio.TimerHandle | None = None
 
@@ -254,7 +256,7 @@ class Http1Connection(asyncio.Protocol):
     # -- requests
 
     def take_turn(self, frames: int) -> bool:
-        """Read some of the requests that wait (`Turns`), which may cost much: no other turn follows."""
+        """Read some of the requests that wait (`Turns`)."""
         if not self._is_waiting:
             return False
         self._is_waiting = False

@@ -15,7 +15,7 @@ import pytest
 from mesh.h2 import frames
 from mesh.h2.server_connection import Memory, ServerConnection
 from mesh.h2.stream import Application
-from mesh.h2.turns import Turns
+from mesh.h2.turns import Lot, Turns
 from mesh.rpc.framing import framed
 from mesh.rpc.grpc_app import GrpcApp
 from mesh.rpc.server import Server
@@ -82,6 +82,8 @@ async def test_a_call_is_not_behind_the_floods_of_other_connections():
 class Endless:
     """A connection whose frames cost `frame_s` each, and never end."""
 
+    lot = Lot.SHORT
+
     def __init__(self, turns: Turns, clock: Seconds, frame_s: float) -> None:
         self._turns, self._clock, self._frame_s = turns, clock, frame_s
         self.used_s = 0.0
@@ -94,7 +96,7 @@ class Endless:
         self.taken.append(count)
         self._clock.now += count * self._frame_s
         self._turns.wait(self)
-        return False
+        return True
 
 
 async def turned(*costs: float, iterations: int = 40) -> list[Endless]:
@@ -189,6 +191,8 @@ async def test_a_connection_that_comes_back_has_saved_no_turns():
 class Once(Endless):
     """A connection that has sent all in its first turn."""
 
+    lot = Lot.DIRECT
+
     def take_turn(self, count: int) -> bool:
         self.taken.append(count)
         self._clock.now += count * self._frame_s
@@ -258,9 +262,7 @@ async def test_a_connection_waits_for_at_most_twenty_turns_of_each_other_one(cos
     """Turns may take nothing, as those that let the transport be read again. Each has an iteration of its own."""
 
     class Alone(Endless):
-        def take_turn(self, count: int) -> bool:
-            super().take_turn(count)
-            return True
+        lot = Lot.DIRECT
 
     clock = Seconds()
     turns = Turns(clock)
@@ -336,10 +338,10 @@ async def test_a_lost_connection_costs_no_turn():
     clock = Seconds()
     turns = Turns(clock)
     lost, alive = Endless(turns, clock, 1e-6), Endless(turns, clock, 1e-6)
+    lost.lot = alive.lot = Lot.DIRECT
     lost.is_lost = True
     turns.wait(lost)
     turns.wait(alive)
-    await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert alive.taken
     alive.is_lost = True
@@ -375,7 +377,7 @@ async def test_a_connection_that_waits_again_later_has_its_turn():
     taken: list[int] = []
 
     class Brief:
-        used_s = 0.0
+        used_s, lot = 0.0, Lot.DIRECT
 
         def take_turn(self, count: int) -> bool:
             taken.append(count)
@@ -418,7 +420,7 @@ async def test_a_lost_connection_that_had_waited_waits_once():
         await asyncio.sleep(0)
     assert lost._is_waiting
     lost.connection_lost(None)
-    assert len(memory.turns._waiting) == 1
+    assert sum(map(len, memory.turns._waiting.values())) == 1
     begun = lost._newest // 2 + 1
     for _ in range(20):
         await asyncio.sleep(0)
@@ -488,8 +490,36 @@ async def test_only_connections_of_an_envoy_share_an_iteration(monkeypatch):
     """Connections of an Envoy share an iteration: `Starts` bounds the tasks of their calls, and of no others."""
     assert await turns_together(monkeypatch, is_shared=False) == 1
     assert await turns_together(monkeypatch, is_shared=True) == 8
-    # Much data that waits is read in an iteration of its own.
+    # Those with much data do not share it with each other.
     assert await turns_together(monkeypatch, is_shared=True, padding=50) == 1
+
+
+async def test_connections_wait_for_turns_of_their_own_kind():
+    """With one turn of any kind in an iteration, a direct connection fell behind uploads, whose turns cost less."""
+    clock = Seconds()
+    turns = Turns(clock)
+    uploads = [Endless(turns, clock, 1e-9) for _ in range(8)]
+    for each in uploads:
+        each.lot = Lot.MUCH
+    direct = [Endless(turns, clock, 5e-7) for _ in range(2)]
+    for each in direct:
+        each.lot = Lot.DIRECT
+    short = [Endless(turns, clock, 1e-7) for _ in range(2)]
+    everyone = (*uploads, *direct, *short)
+    for each in everyone:
+        turns.wait(each)
+    for iteration in range(1, 401):
+        await asyncio.sleep(0)
+        assert sum(len(each.taken) for each in uploads) == iteration
+        assert sum(len(each.taken) for each in direct) == iteration
+        assert [len(each.taken) for each in short] == [iteration] * 2
+    # Those of a kind have equal shares.
+    assert {len(each.taken) for each in uploads} == {50}
+    assert {len(each.taken) for each in direct} == {200}
+    for each in everyone:
+        each.is_lost = True
+    for _ in range(3):
+        await asyncio.sleep(0)
 
 
 async def test_a_connection_has_one_turn_in_an_iteration():
