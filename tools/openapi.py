@@ -19,12 +19,13 @@ from tools.gen_proto import PROTO, ROOT, include_paths
 
 DOCUMENT = ROOT / "docs" / "openapi.json"
 
-_NUMBERS = {
+_NO_JSON_NUMBERS = {"type": "string", "enum": ["NaN", "Infinity", "-Infinity"]}
+_NUMBERS: Mapping[int, Mapping[str, Any]] = {
     FieldDescriptor.TYPE_BOOL: {"type": "boolean"},
     FieldDescriptor.TYPE_BYTES: {"type": "string", "format": "byte"},
     FieldDescriptor.TYPE_STRING: {"type": "string"},
-    FieldDescriptor.TYPE_FLOAT: {"type": "number", "format": "float"},
-    FieldDescriptor.TYPE_DOUBLE: {"type": "number", "format": "double"},
+    FieldDescriptor.TYPE_FLOAT: {"anyOf": [{"type": "number", "format": "float"}, _NO_JSON_NUMBERS]},
+    FieldDescriptor.TYPE_DOUBLE: {"anyOf": [{"type": "number", "format": "double"}, _NO_JSON_NUMBERS]},
     FieldDescriptor.TYPE_INT32: {"type": "integer", "format": "int32"},
     FieldDescriptor.TYPE_UINT32: {"type": "integer", "format": "uint32"},
     FieldDescriptor.TYPE_INT64: {"type": "string", "format": "int64"},
@@ -119,6 +120,9 @@ class Document:
         inner = field.message_type
         if inner is None or inner.full_name in _TEXTS:
             yield self._parameter(field, "query", prefix + field.name)
+            return
+        # The query of a call has no maps.
+        if inner.GetOptions().map_entry:
             return
         for each in inner.fields:
             yield from self._query(each, f"{prefix}{field.name}.")

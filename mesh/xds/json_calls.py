@@ -1,10 +1,11 @@
 """JSON form of unary gRPC methods at the gateway, from the google.api.http annotations of their .proto files.
 
-    JSON ──> token ──> Lua: is the body such a message? ──> grpc_json_transcoder ──> rules by RPC ──> routes as for gRPC
+    JSON ──> token ──> Lua: is it such a message? ──> grpc_json_transcoder ──> rules by RPC ──> routes as for gRPC
                         └── 400, 404, 415                     └── status and JSON error of a gRPC status
 
-The transcoder ignores unknown fields silently, and no option refuses them. The script checks the form of a body and the
-names of its fields; the transcoder checks their values. This module imports nothing of Envoy's classes.
+The transcoder ignores unknown fields and nulls in lists silently, and lets a query replace what is in the path; no
+option refuses them. The script checks the form of a body, and the names of its fields and of a query's; the transcoder
+checks their values. This module imports nothing of Envoy's classes.
 """
 
 from __future__ import annotations
@@ -129,14 +130,13 @@ def condition(routes: JsonRoutes) -> dict[str, Any]:
 
 
 def check_script(calls: Sequence[JsonCall]) -> str:
-    """Return the Lua code that checks the bodies of `calls`."""
+    """Return the Lua code that checks the bodies and the queries of `calls`."""
     messages: dict[str, str] = {}
     for call in calls:
-        if call.has_body:
-            _add(call.method.input_type, messages)
+        _add(call.method.input_type, messages)
     lines = [
-        f"  {{{_text(call.verb)}, {_text(_pattern(call.template))}, "
-        f"{_text(call.method.input_type.full_name) if call.has_body else 'false'}}},"
+        f"  {{{_text(call.verb)}, {_text(_pattern(call.template))}, {_text(call.method.input_type.full_name)}, "
+        f"{'true' if call.has_body else 'false'}, {{{', '.join(f'{name} = true' for name in call.path_fields)}}}}},"
         for call in _ordered(calls)
     ]
     types = [f"  [{_text(name)}] = {fields}," for name, fields in messages.items()]
@@ -252,6 +252,11 @@ local function check(text, root)
     return sub(text, from, quote - 1)
   end
 
+  -- The transcoder would leave it out of a list, and make it empty in a map.
+  local function no_null(where)
+    if next_byte() == 110 then bad(where .. " has null for an element, which must have a value") end
+  end
+
   local function object(kind, where, depth)
     local fields = type(kind) == "string" and TYPES[kind]
     if not kind then bad(where .. " is no object") end
@@ -271,6 +276,7 @@ local function check(text, root)
       local inner
       if field then inner = field[2] else inner = kind[1] end
       if next_byte() == 91 and not (field and field[3]) then bad(format("%%s.%%s is no list", where, shown(key))) end
+      if not field then no_null(where) end
       value(inner, where .. "." .. shown(key), depth + 1)
       local c = next_byte()
       at = at + 1
@@ -284,8 +290,12 @@ local function check(text, root)
     -- Numbers and literals have no names: the transcoder reads them. It takes '...' for a text, too.
     local stop = next_mark("]", at)
     if stop < next_mark("[", at) and stop < next_mark("{", at) and stop < next_mark("}", at)
-      and stop < next_mark('"', at) and stop < next_mark("'", at) then at = stop + 1 return end
+      and stop < next_mark('"', at) and stop < next_mark("'", at) and stop < next_mark("null", at) then
+      at = stop + 1
+      return
+    end
     while true do
+      no_null(where)
       value(kind, where, depth + 1)
       local c = next_byte()
       at = at + 1
@@ -317,6 +327,30 @@ local function check(text, root)
   if next_byte() then unexpected("the end of the body") end
 end
 
+-- Raise an error unless a query has fields of `root`, once each, and none of those in the path.
+local function check_query(query, root, in_path)
+  local seen = {}
+
+  local function bad(given, message) error({format("field '%%s' %%s", shown(given), message)}, 0) end
+
+  for piece in string.gmatch(query, "[^&]+") do
+    local given = string.match(piece, "^[^=]*")
+    local fields, name, field = TYPES[root], nil, nil
+    for part in string.gmatch(given .. ".", "([^.]*)%%.") do
+      local is_map = field and type(field[2]) == "table"
+      field = fields and fields[part]
+      if is_map then break end
+      if not field then bad(given, "of the query is no field of " .. root) end
+      name = name and name .. "." .. field[1] or field[1]
+      fields = type(field[2]) == "string" and not field[3] and TYPES[field[2]]
+    end
+    if not field or field[2] then bad(given, "is an object or in a map, which a query cannot have: use gRPC") end
+    if in_path[name] then bad(given, "is in the path, and not in the query") end
+    if seen[name] and not field[3] then bad(given, "is in the query twice") end
+    seen[name] = true
+  end
+end
+
 -- Mappers of local replies make it JSON.
 local function refuse(handle, status, message)
   handle:respond({[":status"] = status}, message)
@@ -331,15 +365,25 @@ end
 function envoy_on_request(handle)
   handle:streamInfo():dynamicMetadata():set("%(filter)s", "is_json", true)
   local headers = handle:headers()
-  local verb, path = headers:get(":method"), string.match(headers:get(":path"), "^[^?]*")
+  local verb, target = headers:get(":method"), headers:get(":path")
+  local path = string.match(target, "^[^?]*")
+  local query = sub(target, #path + 2)
   local call = call_of(verb, path)
   if not call then return refuse(handle, "404", format("no call %%s %%s", shown(verb), shown(path))) end
+  local root, has_body = call[3], call[4]
+  if has_body and query ~= "" then
+    return refuse(handle, "400", format("%%s %%s takes its fields from the body, and no query", verb, shown(path)))
+  end
+  local ok, err = pcall(check_query, query, root, call[5])
+  if not ok then
+    return refuse(handle, "400", type(err) == "table" and err[1] or "the query cannot be checked")
+  end
   local kind, encoding = headers:get("content-type"), headers:get("content-encoding")
   -- The headers are not valid after it.
   local body = handle:body()
   local size = body and body:length() or 0
   if size == 0 then return end
-  if not call[3] then return refuse(handle, "400", format("%%s %%s takes no body", verb, shown(path))) end
+  if not has_body then return refuse(handle, "400", format("%%s %%s takes no body", verb, shown(path))) end
   kind = kind and string.lower(kind)
   if not kind or not (find(kind, "^application/json *$") or find(kind, "^application/json *;")) then
     return refuse(handle, "415", "the body of this call is JSON: send content-type: application/json")
@@ -347,7 +391,7 @@ function envoy_on_request(handle)
   if encoding then
     return refuse(handle, "415", "the body of this call must not be compressed")
   end
-  local ok, err = pcall(check, body:getBytes(0, size), call[3])
+  ok, err = pcall(check, body:getBytes(0, size), root)
   if not ok then
     return refuse(handle, "400", type(err) == "table" and err[1] or "the body cannot be checked")
   end

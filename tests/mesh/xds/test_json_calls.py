@@ -285,8 +285,14 @@ async def test_fields_in_the_path_and_in_the_query(gateway: Gateway) -> None:
     assert gateway.ingest.requests[-1] == ingest_pb2.CancelJobRequest(id="x")
     await gateway.call("POST", "/shoal/v1/models/a/b.c:alias", {"alias": "live", "version": "3"})
     assert gateway.store.requests[-1] == store_pb2.SetAliasRequest(name="a/b.c", alias="live", version=3)
-    await gateway.call("GET", "/shoal/v1/jobs?state=JOB_STATE_DEAD&page_size=7")
-    assert gateway.ingest.requests[-1] == ingest_pb2.ListJobsRequest(state=ingest_pb2.JOB_STATE_DEAD, page_size=7)
+    for query in ("state=JOB_STATE_DEAD&page_size=7", "&pageSize=7&&state=JOB%5FSTATE%5FDEAD&"):
+        await gateway.call("GET", f"/shoal/v1/jobs?{query}")
+        assert gateway.ingest.requests[-1] == ingest_pb2.ListJobsRequest(state=ingest_pb2.JOB_STATE_DEAD, page_size=7)
+    # Nulls that JSON of protobuf allows, and texts that only look like one.
+    null = {"tenant": None, "request": None, "labels": {"null": "null"}, "depends_on": [{"job_id": "null"}]}
+    await gateway.call("POST", "/shoal/v1/jobs", null)
+    (dependency,) = gateway.ingest.requests[-1].depends_on
+    assert (dependency.job_id, dict(gateway.ingest.requests[-1].labels)) == ("null", {"null": "null"})
 
 
 async def test_statuses_of_services_are_statuses_and_json(gateway: Gateway) -> None:
@@ -337,6 +343,11 @@ DEEP = b'{"depends_on": ' + b"[" * 200
         (b'{"tenant": "a"} {}', "no JSON at byte 17: expected the end of the body"),
         (b'{"tenant": "a",}', "no JSON at byte 16: expected a key in quotes"),
         (b'{"request": {"inputs": [{"name": "a"} {"nom": 1}]}}', "expected a comma or ]"),
+        ({"depends_on": [None]}, "SubmitRequest.depends_on has null for an element"),
+        ({"request": tensors(inputs=[None, {}])}, "request.inputs has null for an element"),
+        ({"request": tensors(inputs=[{"contents": {"fp32_contents": [1, None]}}])}, "fp32_contents has null for an el"),
+        ({"request": tensors(inputs=[{"name": "null"}, {"shape": [None]}])}, "shape has null for an element"),
+        ({"labels": {"a": None}}, "SubmitRequest.labels has null for an element"),
         (DEEP, "the body has more than 100 objects and arrays within each other"),
         (b'{"request": {"inputs": [' + b"{}," * 100_001 + b"{}]}}", "the body has more than 100000 values: use gRPC"),
     ],
@@ -381,11 +392,34 @@ async def test_other_requests_are_refused_by_name(gateway: Gateway) -> None:
     assert (await gateway.error("GET", "/shoal/v1/jobs", submit)) == (400, 3, "GET /shoal/v1/jobs takes no body")
     for verb, path in (("GET", "/shoal/v1/nothing"), ("PUT", "/shoal/v1/jobs"), ("POST", "/shoal/v1/jobs/a/b:cancel")):
         assert await gateway.error(verb, path, submit) == (404, 5, f"no call {verb} {path}")
-    status, code, message = await gateway.error("GET", "/shoal/v1/jobs?pagesize=1")
-    assert (status, code) == (400, 3)
-    assert "pagesize" in message
     assert (await gateway.error("POST", "/shoal/v1/jobs/x:cancel", {"id": "y"}))[:2] == (400, 3)
     assert len(gateway.ingest.requests) == before
+
+
+@pytest.mark.parametrize(
+    ("verb", "target", "words"),
+    [
+        ("GET", "jobs/a?id=b", "field 'id' is in the path, and not in the query"),
+        ("GET", "results/a?wait=1s&jobId=b", "field 'jobId' is in the path, and not in the query"),
+        ("GET", "jobs/a?i%64=b", "field 'i?64' of the query is no field of shoal.ingest.v1.GetJobRequest"),
+        ("DELETE", "models/a?name=b", "field 'name' is in the path, and not in the query"),
+        ("GET", "jobs?page_size=1&page_size=2", "field 'page_size' is in the query twice"),
+        ("GET", "jobs?page_size=1&pageSize=2", "field 'pageSize' is in the query twice"),
+        ("GET", "jobs?pagesize=1", "field 'pagesize' of the query is no field of shoal.ingest.v1.ListJobsRequest"),
+        ("GET", "results?labels.a=b", "field 'labels.a' is an object or in a map, which a query cannot have: use gRPC"),
+        ("GET", "results?labels=a", "field 'labels' is an object or in a map, which a query cannot have: use gRPC"),
+        ("GET", "jobs?=a", "field '' of the query is no field of shoal.ingest.v1.ListJobsRequest"),
+        ("GET", "jobs?state.x=a", "field 'state.x' of the query is no field of shoal.ingest.v1.ListJobsRequest"),
+        ("POST", "jobs/a:cancel?id=b", "POST /shoal/v1/jobs/a:cancel takes its fields from the body, and no query"),
+        ("POST", "jobs?priority=9", "POST /shoal/v1/jobs takes its fields from the body, and no query"),
+    ],
+)
+async def test_a_query_has_each_field_of_the_message_once_and_none_of_the_path(
+    gateway: Gateway, verb: str, target: str, words: str
+) -> None:
+    before = len(gateway.ingest.requests), len(gateway.store.requests)
+    assert await gateway.error(verb, f"/shoal/v1/{target}") == (400, 3, words)
+    assert (len(gateway.ingest.requests), len(gateway.store.requests)) == before
 
 
 async def test_bodies_and_responses_are_bounded(gateway: Gateway) -> None:
