@@ -74,6 +74,37 @@ def mixing() -> onnx.ModelProto:
     )
 
 
+def brightness(datatype: int = TensorProto.UINT8, dims: Dims = ("n", 4)) -> onnx.ModelProto:
+    """y = x divided by the largest x of the whole batch, of integers."""
+    return model(
+        [
+            helper.make_node("Cast", ["x"], ["float"], to=TensorProto.FLOAT),
+            helper.make_node("ReduceMax", ["float"], ["largest"], keepdims=0),
+            helper.make_node("Max", ["largest", "one"], ["positive"]),
+            helper.make_node("Div", ["float", "positive"], ["y"]),
+        ],
+        [("x", datatype, dims)],
+        [("y", TensorProto.FLOAT, dims)],
+        [numpy_helper.from_array(np.float32(1), "one")],
+    )
+
+
+def embedding(tokens: int, *, mixes: bool) -> onnx.ModelProto:
+    """y = table[ids] of `tokens` entries, `mixes`: minus the mean over all rows, whose dimensions are free."""
+    table = numpy_helper.from_array(np.arange(tokens, dtype=np.float32)[:, None] ** 2, "table")
+    subtracted = "mean" if mixes else "zero"
+    return model(
+        [
+            helper.make_node("Gather", ["table", "ids"], ["embedded"]),
+            helper.make_node("ReduceMean", ["embedded"], ["mean"], axes=[0]),
+            helper.make_node("Sub", ["embedded", subtracted], ["y"]),
+        ],
+        [("ids", TensorProto.INT64, ("n", "t"))],
+        [("y", TensorProto.FLOAT, ("n", "t", 1))],
+        [table, numpy_helper.from_array(np.float32(0), "zero")],
+    )
+
+
 def reshaping() -> onnx.ModelProto:
     """y = x reshaped to `shape`: raises when that does not hold x."""
     return model(

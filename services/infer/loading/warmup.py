@@ -1,7 +1,8 @@
 """Warm-up: runs before a model is ready, which prove that it works and batches, and make the first request fast.
 
     1  one row, made up from the signature; a free dimension is tried at a few sizes, because a model may need some
-    2  a guessed batch dimension is tested: two rows of different scale together must give the results of each row alone
+    2  a guessed batch dimension is tested: two rows of different scale together must give the results of each row
+       alone; integers are ids of different tokens, or pixels of different brightness, where the model takes such
     3  the result of 1 must fit the signature (`canary`)
     4  the samples of the configuration's `model_warmup`, which must succeed
     5  a batch of each size 2, 4, 8, ... up to max_batch_size, as far as memory and time allow, on each device
@@ -55,6 +56,16 @@ _TOLERANCE = 0.02
 _NEIGHBOUR_TOLERANCE = 0.005
 # Factor between the rows of the trial: one scale for both leaves the smaller row 4 of its 8 bits.
 _SCALE = 16
+# Integers of the two rows of the trial, from and below: ids that most vocabularies have; of UINT8, pixels.
+_IDS = (0, 2), (2, 10)
+_PIXELS = (_SCALE, 256), (1, _SCALE)
+# Inputs with this in their name hold 0 and 1. Other values could make a model out of proportion.
+_MASK = "mask"
+# Size of free dimensions in the trial, where that is cheap: single elements of two rows are often equal.
+_TRIAL_SIZE = 8
+_MOST_DRAWS = 32
+# Runs of a trial, without those that find out which integers the model takes.
+_TRIAL_RUNS = 5
 
 Inputs = Mapping[str, Tensor]
 Clock = Callable[[], float]
@@ -84,7 +95,7 @@ def run(
     first = _first_run(name, model, session, clock) if made_up or model.is_batch_guessed else None
     if model.is_batch_guessed:
         why = dependence or ("two rows have too large outputs" if first is not None and not _fit(first) else "")
-        model = _with_batch_tested(name, model, session, first.size if first else None, why)
+        model = _with_batch_tested(name, model, session, first, why)
     elif model.signature.max_batch_size > 1:
         _warn_of_dependence(name, model, session, first, dependence)
     batched = model.signature.max_batch_size
@@ -140,15 +151,17 @@ def _fit(first: First) -> bool:
     return 2 * held_bytes(first.outputs) <= _LARGEST_BYTES
 
 
-def _with_batch_tested(name: str, model: Completed, session: Session, size: int | None, dependence: str) -> Completed:
+def _with_batch_tested(
+    name: str, model: Completed, session: Session, first: First | None, dependence: str
+) -> Completed:
     """Return the model unchanged when its rows are independent, otherwise without a batch dimension."""
     if dependence:
         why = dependence
-    elif size is None:
+    elif first is None:
         why = "every made-up input failed"
     else:
         try:
-            why = _mixed_rows(model, session, size)
+            why = _mixed_rows(model, session, first)
         except ModelFailed as err:
             why = str(err)
     if not why:
@@ -162,11 +175,12 @@ def _with_batch_tested(name: str, model: Completed, session: Session, size: int 
 
 def _warn_of_dependence(name: str, model: Completed, session: Session, first: First | None, dependence: str) -> None:
     """Log a warning when the rows of a model depend on each other whose configuration sets a batch size."""
-    # The trial is five runs, within the bounds of the batches.
+    # The trial is within the bounds of the batches.
     is_small = first is not None and 2 * _size_bytes(model, 1, first.size) <= _LARGEST_BYTES and _fit(first)
-    if not dependence and first is not None and is_small and 5 * first.took_s < _BATCHES_S:
+    runs = _TRIAL_RUNS + len(_of_integers(model))
+    if not dependence and first is not None and is_small and runs * first.took_s < _BATCHES_S:
         with suppress(ModelFailed):
-            dependence = _mixed_rows(model, session, first.size)
+            dependence = _mixed_rows(model, session, first)
     if dependence:
         log.warning(
             "model %(model)s: batched, because config.pbtxt sets max_batch_size, but a row's results depend on the "
@@ -175,13 +189,22 @@ def _warn_of_dependence(name: str, model: Completed, session: Session, first: Fi
         )
 
 
-def _mixed_rows(model: Completed, session: Session, size: int) -> str:
-    """Return the reason why two rows are not independent of each other; empty when they are independent."""
-    rng = np.random.default_rng(0)
-    pair = {
-        spec.name: _with_scales(_random(spec.datatype, _shape(spec, 2, size), rng), spec.datatype)
-        for spec in _needed(model)
-    }
+def _mixed_rows(model: Completed, session: Session, first: First) -> str:
+    """Return the reason why two rows are not independent of each other; empty when they are independent.
+
+    Raises:
+        ModelFailed: the model takes no two rows.
+    """
+    growth = _TRIAL_SIZE**2
+    is_cheap = growth * held_bytes(first.outputs) <= _LARGEST_BYTES and _TRIAL_RUNS * growth * first.took_s < _BATCHES_S
+    if first.size < _TRIAL_SIZE and is_cheap and 2 * _size_bytes(model, 1, _TRIAL_SIZE) <= _LARGEST_BYTES:
+        with suppress(ModelFailed):
+            return _mixed(model, session, _TRIAL_SIZE)
+    return _mixed(model, session, first.size)
+
+
+def _mixed(model: Completed, session: Session, size: int) -> str:
+    pair = _pair(model, session, size)
     together = _run(model, session, pair)
     for n in range(2):
         alone = _run(model, session, {name: array[n : n + 1] for name, array in pair.items()})
@@ -198,6 +221,42 @@ def _mixed_rows(model: Completed, session: Session, size: int) -> str:
             ):
                 return f"output '{spec.name}' of a row depends on the rows beside it"
     return ""
+
+
+def _pair(model: Completed, session: Session, size: int) -> dict[str, Tensor]:
+    """Return two rows that differ in each input, as far as the model takes such."""
+    rng = np.random.default_rng(0)
+    pair = {
+        spec.name: _with_scales(_different_rows(spec.datatype, _shape(spec, 2, size), rng), spec.datatype)
+        for spec in _needed(model)
+    }
+    for spec in _of_integers(model):
+        ranges = _PIXELS if spec.datatype.name == "UINT8" else _IDS
+        shape = _shape(spec, 1, size)
+        tried = np.concatenate([rng.integers(low, high, shape) for low, high in ranges]).astype(spec.datatype.dtype)
+        # Beyond its vocabulary, a model fails.
+        with suppress(ModelFailed):
+            _run(model, session, {**pair, spec.name: tried})
+            pair[spec.name] = tried
+    return pair
+
+
+def _of_integers(model: Completed) -> list[TensorSpec]:
+    """Return the inputs of integers other than 0 and 1."""
+    return [
+        spec
+        for spec in _needed(model)
+        if spec.datatype.dtype.kind in "iu" and spec.datatype.name != "BF16" and _MASK not in spec.name.lower()
+    ]
+
+
+def _different_rows(datatype: Datatype, shape: tuple[int, ...], rng: np.random.Generator) -> Tensor:
+    pair = _random(datatype, shape, rng)
+    for _ in range(_MOST_DRAWS):
+        if not np.array_equal(pair[0], pair[1]):
+            break
+        pair = _random(datatype, shape, rng)
+    return pair
 
 
 def _with_scales(pair: Tensor, datatype: Datatype) -> Tensor:

@@ -16,6 +16,8 @@ from services.infer.sequences.rows import Row
 from services.infer.sequences.settings import SequenceSettings, client_tensors
 from shoal.errors import ShoalError
 
+_ID = 1
+
 
 class TrialSession(Session):
     """Runs single steps for `services.infer.loading.warmup`. The owner of the wrapped session closes it."""
@@ -47,8 +49,9 @@ class TrialSession(Session):
 
     def _row(self, inputs: Mapping[str, Tensor], n: int) -> Row:
         own = {name: array[n : n + 1] for name, array in inputs.items()} if self._batched else inputs
-        # Both flags, so that a model that remembers sequences forgets this one.
-        return Row(own, True, True, n + 1, self._first, {"correlation_id": n + 1, "flags": 3})
+        # Both flags, so that a model that remembers sequences forgets this one. The id is the same in each run: outputs
+        # may depend on it.
+        return Row(own, True, True, _ID, self._first, {"correlation_id": _ID, "flags": 3})
 
     def device_sessions(self) -> Sequence[Session]:
         return self._parts

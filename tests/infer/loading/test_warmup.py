@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import grpc
 import numpy as np
+import onnxruntime
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from bench.siege.models import wide
 from services.infer.loading import onnx_graph, warmup
@@ -56,6 +57,39 @@ async def test_rows_that_share_a_scale_are_not_batched_unasked(serve, models_fol
     assert "model trial: not batched (output 'y' of a row depends on the rows beside it)" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("made", "most"),
+    [
+        (onnx_files.brightness(), 0),
+        (onnx_files.brightness(TensorProto.INT32), 0),
+        (onnx_files.brightness(TensorProto.UINT8, ("n", 1)), 0),
+        (onnx_files.brightness(TensorProto.BOOL, ("n", 1)), 64),
+        (onnx_files.identity(TensorProto.UINT8), 64),
+        # With few tokens, the trial has the ids 0 and 1.
+        *(
+            (onnx_files.embedding(tokens, mixes=mixes), 0 if mixes else 64)
+            for tokens in (2, 100)
+            for mixes in (True, False)
+        ),
+    ],
+)
+async def test_rows_of_integers_that_influence_each_other_are_not_batched(serve, models_folder: Repository, made, most):
+    models_folder.bare("integers", made)
+    served = await serve(models_folder.root)
+    assert await max_batch_size(served, "integers") == most
+
+
+async def test_one_boolean_in_a_row_is_different_in_each(serve, models_folder: Repository):
+    nodes = [
+        helper.make_node("Cast", ["x"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["float"], ["mean"], axes=[0]),
+        helper.make_node("Sub", ["float", "mean"], ["y"]),
+    ]
+    made = onnx_files.model(nodes, [("x", TensorProto.BOOL, ("n", 1))], [("y", TensorProto.FLOAT, ("n", 1))])
+    models_folder.bare("booleans", made)
+    assert await max_batch_size(await serve(models_folder.root), "booleans") == 0
+
+
 async def test_halves_of_different_scale_are_still_batched(serve, models_folder: Repository):
     for name, datatype in [("half", TensorProto.FLOAT16), ("brain", TensorProto.BFLOAT16)]:
         models_folder.bare(name, onnx_files.cast(TensorProto.FLOAT, datatype))
@@ -76,6 +110,11 @@ def test_an_operator_is_told_from_a_name(tmp_path, monkeypatch, piece_bytes):
     assert onnx_graph.dynamic_quantizer(tmp_path / "named.onnx") == ""
     assert onnx_graph.dynamic_quantizer(tmp_path / "used.onnx") == "DynamicQuantizeLinear"
     assert onnx_graph.dynamic_quantizer(tmp_path / "empty.onnx") == ""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "used.ort")
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    onnxruntime.InferenceSession(tmp_path / "used.onnx", options, providers=["CPUExecutionProvider"])
+    assert onnx_graph.dynamic_quantizer(tmp_path / "used.ort") == "DynamicQuantizeLinear"
 
 
 async def test_the_configuration_overrides_the_finding(serve, models_folder: Repository):

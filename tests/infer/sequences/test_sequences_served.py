@@ -25,6 +25,16 @@ async def served(serve, models_folder: Repository):
     return await serve(models_folder.root)
 
 
+async def test_the_id_among_the_outputs_is_no_dependence_on_other_rows(serve, models_folder: Repository, caplog):
+    oldest = config("oldest { max_candidate_sequences: 8 }")
+    put(models_folder, "stated", oldest)
+    put(models_folder, "guessed", oldest.replace("max_batch_size: 4", ""))
+    served = await serve(models_folder.root)
+    assert not [record.args for record in caplog.records if record.levelname == "WARNING"]
+    for model in ("stated", "guessed"):
+        assert numbers(await served.stub.ModelInfer(step(model, 7, 1, start=True))) == (1, 2)
+
+
 async def refused(call) -> tuple[str, str]:
     with pytest.raises(grpc.aio.AioRpcError) as err:
         await call
