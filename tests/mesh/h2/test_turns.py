@@ -427,6 +427,26 @@ async def test_a_lost_connection_that_had_waited_waits_once():
     assert app.left == begun
 
 
+async def test_of_lost_connections_of_an_envoy_one_is_freed_in_an_iteration():
+    memory, app = Memory(), Holding(1 << 10)
+    memory.turns = Turns(lambda: 1.0)
+    lost = [opened(app, memory) for _ in range(4)]
+    for each in lost:
+        each.data_received(calls(CALL, 200))
+    for _ in range(50):
+        await asyncio.sleep(0)
+    for each in lost:
+        each._is_shared, each.lot = True, Lot.SHORT
+        each.connection_lost(None)
+    left = [len(each._lost) for each in lost]
+    assert min(left) > 100
+    while any(left):
+        await asyncio.sleep(0)
+        now = [len(each._lost) for each in lost]
+        assert sum(one != other for one, other in zip(left, now, strict=True)) == 1
+        left = now
+
+
 async def test_of_connections_that_send_at_the_same_time_one_begins_many_calls_and_the_others_few():
     memory, begun = Memory(), []
     memory.turns = Turns(lambda: 1.0)
