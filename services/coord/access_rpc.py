@@ -15,7 +15,7 @@ from shoal.access.caller_header import LAUNCHER, SIGNER_HEADER, claims
 from shoal.access.cluster import signer_in
 from shoal.coord.v1 import access_pb2 as pb
 from shoal.coord.v1 import access_pb2_grpc as pb_grpc
-from shoal.errors import FailedPrecondition
+from shoal.errors import FailedPrecondition, InvalidArgument
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,13 @@ class AccessRpc(pb_grpc.AccessServiceServicer):
         return pb.ListPoliciesResponse(policies=[_version(one) for one in await self._policies.history()])
 
     async def ApplyPolicy(self, request: pb.ApplyPolicyRequest, ctx: Context) -> pb.ApplyPolicyResponse:
+        author = _author(ctx)
         applied, late = await self._policies.apply(
             request.document,
             dict(request.files),
-            _author(ctx),
+            author,
             await self._keys.valid_claims(),
+            while_valid=await self._keys.while_valid(author),
             signer=_signer(ctx),
             expected=request.expected_version,
             force=request.force,
@@ -69,12 +71,15 @@ class AccessRpc(pb_grpc.AccessServiceServicer):
         return pb.ApplyPolicyResponse(policy=_version(applied), unconfirmed=late)
 
     async def RollBackPolicy(self, request: pb.RollBackPolicyRequest, ctx: Context) -> pb.RollBackPolicyResponse:
-        earlier = await self._policies.get(request.version)
+        if not request.version:
+            raise InvalidArgument("version 0: expected one of `shoal policy history`, which begins with 1")
+        earlier, author = await self._policies.get(request.version), _author(ctx)
         applied, late = await self._policies.apply(
             earlier.document,
             earlier.files or {},
-            _author(ctx),
+            author,
             await self._keys.valid_claims(),
+            while_valid=await self._keys.while_valid(author),
             signer=_signer(ctx),
             force=request.force,
             rolled_back_to=earlier.version,
@@ -89,6 +94,7 @@ class AccessRpc(pb_grpc.AccessServiceServicer):
             models=tuple(request.models),
             grants=tuple(request.grants),
             life_s=request.life_seconds,
+            caller=_author(ctx),
         )
         return pb.CreateKeyResponse(info=_info(record), key=key.text)
 
@@ -101,8 +107,9 @@ class AccessRpc(pb_grpc.AccessServiceServicer):
 
     async def RotateSigner(self, request: pb.RotateSignerRequest, ctx: Context) -> pb.RotateSignerResponse:
         keys = self._keys
-        own = _author(ctx) if request.renew_own_key else None
-        kid, key, late = await keys.rotate(is_stolen=request.stolen, own=own)
+        kid, key, late = await keys.rotate(
+            is_stolen=request.stolen, caller=_author(ctx), renews_own=request.renew_own_key
+        )
         return pb.RotateSignerResponse(signer=kid, key="" if key is None else key.text, unconfirmed=late)
 
 

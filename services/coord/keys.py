@@ -13,7 +13,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
@@ -26,7 +26,15 @@ from shoal.access import cluster, tokens
 from shoal.access.cluster import REVOKED, SIGNERS, SignerKey
 from shoal.access.policy import REVOKED as MOST_REVOKED
 from shoal.access.tokens import AUDIENCE, ISSUER, LIFE_S, Key, Signer
-from shoal.errors import Aborted, FailedPrecondition, InvalidArgument, ResourceExhausted, ShoalError, Unavailable
+from shoal.errors import (
+    Aborted,
+    FailedPrecondition,
+    InvalidArgument,
+    ResourceExhausted,
+    ShoalError,
+    Unauthenticated,
+    Unavailable,
+)
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +123,7 @@ class Keys:
             after = {key: end for key, end in after.items() if key in before or end + _SKEW_S > now}
             if after == before:
                 return
-            when = Modified(REVOKED, entry.mod_revision) if entry is not None else Created(REVOKED, 0)
+            when = _unchanged(REVOKED, entry)
             if (await self._etcd.transact([when], [Put(REVOKED, cluster.revoked_value(after))])).succeeded:
                 log.warning(
                     "etcd had lost %(keys)d revoked keys: they are revoked again",
@@ -123,6 +131,28 @@ class Keys:
                 )
                 return
         raise Aborted("other keys are being revoked: retry")
+
+    async def while_valid(self, caller: Mapping[str, Any] | None) -> list[Created | Modified]:
+        """Return the conditions under which the caller's key is valid, for the transaction that it asks for.
+
+        The caller was admitted a moment ago. What it gets must not outlive the end of its key, as when a thief makes a
+        key while an operator replaces the signer.
+
+        Args:
+            caller: its claims; None for the node's user.
+
+        Raises:
+            Unauthenticated: the key has ended meanwhile.
+        """
+        signers, revoked = await self._etcd.get(SIGNERS), await self._etcd.get(REVOKED)
+        if caller is not None:
+            issuer, known = str(caller["iss"]), cluster.signers_of(signers.value) if signers is not None else ()
+            of_cluster = {cluster.issuer_name(ISSUER, one.kid) for one in known}
+            if issuer == cluster.issuer_name(ISSUER, cluster.signer_in(issuer)) and issuer not in of_cluster:
+                raise Unauthenticated("your key has ended meanwhile: another operator has replaced its signer")
+            if revoked is not None and caller.get("jti") in cluster.revoked_of(revoked.value):
+                raise Unauthenticated("your key was revoked meanwhile")
+        return [_unchanged(SIGNERS, signers), _unchanged(REVOKED, revoked)]
 
     async def create(
         self,
@@ -133,20 +163,27 @@ class Keys:
         models: tuple[str, ...] = (),
         grants: tuple[str, ...] = (),
         life_s: int = 0,
+        caller: Mapping[str, Any] | None = None,
     ) -> tuple[Record, Key]:
         """Return a new key with its record.
+
+        Args:
+            caller: claims of the one who asks for it; None for the node's user.
 
         Raises:
             InvalidArgument: see shoal.access.tokens.create_key.
             FailedPrecondition: the signer is sealed with another master key.
+            Unauthenticated: the caller's own key has ended meanwhile.
         """
-        entry, signer = await self._signer()
-        record, key = self._made(signer, tenant, role, subject, models or ("*",), grants, life_s or LIFE_S)
-        when = [Modified(_SIGNER, entry.mod_revision)]
-        async with self._lease(max(1, int(record.expires_at - self._now()))) as lease:
-            if not (await self._etcd.transact(when, [_put(record, lease)])).succeeded:
-                raise Aborted("the signer was rotated meanwhile: make the key again")
-        return record, key
+        for _ in range(_ATTEMPTS):
+            entry, signer = await self._signer()
+            when = [Modified(_SIGNER, entry.mod_revision), *await self.while_valid(caller)]
+            record, key = self._made(signer, tenant, role, subject, models or ("*",), grants, life_s or LIFE_S)
+            async with self._lease(max(1, int(record.expires_at - self._now()))) as lease:
+                if (await self._etcd.transact(when, [_put(record, lease)])).succeeded:
+                    return record, key
+                await self._etcd.revoke(lease)
+        raise Aborted("other keys are being made and revoked: retry")
 
     @asynccontextmanager
     async def _lease(self, life_s: int) -> AsyncIterator[int]:
@@ -214,7 +251,7 @@ class Keys:
                 raise ResourceExhausted(
                     f"{MOST_REVOKED} keys are revoked: `shoal keys rotate --stolen` ends all keys of the signer"
                 )
-            when = Modified(REVOKED, entry.mod_revision) if entry is not None else Created(REVOKED, 0)
+            when = _unchanged(REVOKED, entry)
             done = await self._etcd.transact([when], [Put(REVOKED, cluster.revoked_value(after))])
             if done.succeeded:
                 if late := await self._enforcement.lacking(done.revision, _ENFORCED_S):
@@ -225,19 +262,21 @@ class Keys:
         raise Aborted("other keys are being revoked: retry")
 
     async def rotate(
-        self, *, is_stolen: bool, own: Mapping[str, Any] | None = None
+        self, *, is_stolen: bool, caller: Mapping[str, Any] | None = None, renews_own: bool = False
     ) -> tuple[str, Key | None, tuple[str, ...]]:
         """Replace the signer.
 
-        Return the id of the new one, with `own` a key with these claims, and the instances that have not confirmed it.
+        Return the id of the new one, the caller's new key, and the instances that have not confirmed it.
 
         Args:
             is_stolen: the keys of the former signers end now; otherwise they stay valid until they expire.
-            own: claims of the caller, whose new key lives as long as its key did. A token of another issuer stays
-                valid, and gets no key.
+            caller: its claims; None for the node's user.
+            renews_own: make a key with the caller's claims, which lives as long as its key did. A token of another
+                issuer stays valid, and gets no key.
 
         Raises:
             FailedPrecondition: too many former signers have valid keys.
+            Unauthenticated: the caller's own key has ended meanwhile.
         """
         # Not opened: a lost master key can be replaced, too.
         entry = await self._sealed_signer()
@@ -253,8 +292,13 @@ class Keys:
             )
         signers = [*former, SignerKey(signer.public_jwk())]
         then = [self._sealed(signer), Put(SIGNERS, cluster.signers_value(signers))]
-        when = [Modified(_SIGNER, entry.mod_revision), Modified(SIGNERS, public.mod_revision)]
+        when = [
+            Modified(_SIGNER, entry.mod_revision),
+            Modified(SIGNERS, public.mod_revision),
+            *await self.while_valid(caller),
+        ]
         key = None
+        own = caller if renews_own else None
         if own is not None and own["iss"] in {cluster.issuer_name(ISSUER, one.kid) for one in known}:
             life_s = _life_s(own)
             record, key = self._made(
@@ -272,10 +316,10 @@ class Keys:
             revision = await self._replace(when, then)
         return signer.kid, key, await self._enforcement.lacking(revision, _ENFORCED_S)
 
-    async def _replace(self, when: list[Modified], then: list[Put]) -> int:
+    async def _replace(self, when: Sequence[Created | Modified], then: list[Put]) -> int:
         done = await self._etcd.transact(when, then)
         if not done.succeeded:
-            raise Aborted("another signer was made meanwhile: see `shoal keys list`")
+            raise Aborted("another signer was made, or a key revoked, meanwhile: see `shoal keys list`, and retry")
         return done.revision
 
     async def _sealed_signer(self) -> Entry:
@@ -291,6 +335,10 @@ class Keys:
 
     def _sealed(self, signer: Signer) -> Put:
         return Put(_SIGNER, self.keyring.seal(_PURPOSE, signer.as_text().encode()))
+
+
+def _unchanged(key: bytes, entry: Entry | None) -> Created | Modified:
+    return Created(key, 0) if entry is None else Modified(key, entry.mod_revision)
 
 
 def _life_s(claims: Mapping[str, Any]) -> int:

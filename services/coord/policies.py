@@ -9,7 +9,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -172,6 +172,7 @@ class Policies:
         expected: int = 0,
         force: bool = False,
         rolled_back_to: int = 0,
+        while_valid: Sequence[Created | Modified] = (),
     ) -> tuple[Applied, tuple[str, ...]]:
         """Replace the policy. Return it, and the instances that have not confirmed that they enforce it.
 
@@ -181,11 +182,12 @@ class Policies:
             signer: id of the public key that has verified the author's token.
             expected: version that must be in force; 0: any.
             force: leave out the checks that the author, and somebody, may administer under the document.
+            while_valid: conditions under which the author's key is valid (`Keys.while_valid`).
 
         Raises:
             InvalidArgument: the document is not valid.
             FailedPrecondition: nobody, or not the author, may administer under the document.
-            Aborted: another policy is in force, or was applied meanwhile.
+            Aborted: another policy is in force, or was applied meanwhile, or a key has ended.
         """
         entry = await self._etcd.get(POLICY)
         # The node's user may replace a lost one.
@@ -206,18 +208,20 @@ class Policies:
             version + 1, self._now(), by, bool(refusal), rolled_back_to, document=document, files=dict(files)
         )
         when = Created(POLICY, 0) if entry is None else Modified(POLICY, entry.mod_revision)
-        return applied, await self._write(applied, policy, when)
+        return applied, await self._write(applied, policy, when, *while_valid)
 
-    async def _write(self, applied: Applied, policy: Policy, when: Created | Modified) -> tuple[str, ...]:
+    async def _write(self, applied: Applied, policy: Policy, *when: Created | Modified) -> tuple[str, ...]:
         then: list[Put | Delete] = [
             Put(POLICY, cluster.policy_value(applied.version, policy)),
             Put(_key(applied.version), json.dumps(asdict(applied)).encode()),
         ]
         if applied.version > KEPT:
             then.append(Delete(_key(applied.version - KEPT)))
-        done = await self._etcd.transact([when], then)
+        done = await self._etcd.transact(when, then)
         if not done.succeeded:
-            raise Aborted("another policy was applied meanwhile: see `shoal policy history`, then apply yours again")
+            raise Aborted(
+                "another policy was applied meanwhile, or a key ended: see `shoal policy history`, then apply again"
+            )
         return await self._enforcement.lacking(done.revision, _ENFORCED_S)
 
     def _refusal(self, policy: Policy, author: Claims | None, known: list[Claims], signer: str) -> str:

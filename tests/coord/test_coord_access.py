@@ -34,14 +34,15 @@ from mesh.xds.resource import EXTENSION
 from services.coord.access_rpc import AccessRpc
 from services.coord.enforcement import Enforcement
 from services.coord.keys import Keys
-from shoal.access import cluster, tokens
+from services.coord.policies import Policies
+from shoal.access import caller_header, cluster, tokens
 from shoal.access.caller_header import AS_SERVICE, CALLER_HEADER, LAUNCHER, SIGNER_HEADER
 from shoal.access.policy import Policy
 from shoal.access.tokens import PREFIX, Signer
 from shoal.coord.v1 import access_pb2 as pb
 from shoal.coord.v1 import access_pb2_grpc, coord_pb2, coord_pb2_grpc, shares_pb2_grpc
 from shoal.coord.v1 import shares_pb2 as shares
-from shoal.errors import Aborted, FailedPrecondition, InvalidArgument
+from shoal.errors import Aborted, FailedPrecondition, InvalidArgument, Unauthenticated
 from tests.access import policies
 from tests.breakable import PATIENCE_S, EtcdProcess, until
 from tests.coord.conftest import Coord
@@ -260,10 +261,58 @@ async def test_a_key_that_is_not_made_leaves_no_lease(access: Access, monkeypatc
     monkeypatch.setattr(access.etcd, "grant", recorded)
     monkeypatch.setattr(access.etcd, "transact", lost)
     own = {"iss": (await access.policy()).issuers[0].issuer, "tenant": "local", "role": "admin"}
-    for call in (keys.create(tenant="acme", role="user"), keys.rotate(is_stolen=False, own=own)):
+    for call in (
+        keys.create(tenant="acme", role="user"),
+        keys.rotate(is_stolen=False, caller={**own, "jti": "k-1"}, renews_own=True),
+    ):
         with pytest.raises(Aborted):
             await call
-    assert [await access.etcd.refresh(lease.id) for lease in granted] == [0, 0]
+    assert [await access.etcd.refresh(lease.id) for lease in granted] == [0] * len(granted)
+
+
+async def test_a_key_that_ends_while_its_call_runs_gets_nothing(
+    access: Access, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = Keys(access.etcd, Enforcement(Mirror(access.etcd, b"/shoal/")), keyring.read(access.master_key))
+    thief, other = [passed(await access.create("local", "admin"))[0][1] for _ in range(2)]
+    claims = caller_header.claims(thief.encode())
+    transact = access.etcd.transact
+
+    async def rotated_before(*args: Any) -> Outcome:
+        monkeypatch.setattr(access.etcd, "transact", transact)
+        request = pb.RotateSignerRequest(stolen=True, renew_own_key=True)
+        rotated = await access.stub.RotateSigner(request, metadata=access.admin)
+        access.admin = ((CALLER_HEADER, rotated.key.removeprefix(PREFIX).split(".")[1]),)
+        return await transact(*args)
+
+    monkeypatch.setattr(access.etcd, "transact", rotated_before)
+    with pytest.raises(Unauthenticated, match="your key has ended meanwhile"):
+        await keys.create(tenant="evil", role="admin", caller=claims)
+    assert "evil" not in {key.tenant for key in (await access.keys()).values()}
+    # A second operator with the same key replaces no signer, and ends nobody's key.
+    with pytest.raises(Unauthenticated, match="another operator has replaced its signer"):
+        await keys.rotate(is_stolen=True, caller=claims, renews_own=True)
+    assert await access.is_admitted()
+    with pytest.raises(Unauthenticated, match="ended"):
+        await keys.while_valid(caller_header.claims(other.encode()))
+
+    revoked = await access.create("local", "admin")
+    claims = caller_header.claims(passed(revoked)[0][1].encode())
+    stale = await keys.while_valid(claims)
+    await access.stub.RevokeKey(pb.RevokeKeyRequest(id=revoked.info.id), metadata=access.admin)
+    with pytest.raises(Unauthenticated, match="your key was revoked meanwhile"):
+        await keys.create(tenant="evil", role="admin", caller=claims)
+    mirror = Mirror(access.etcd, b"/shoal/")
+    applied = Policies(access.etcd, mirror, Enforcement(mirror)).apply(
+        document(), {}, None, [], force=True, while_valid=stale
+    )
+    with pytest.raises(Aborted, match="meanwhile, or a key ended"):
+        await applied
+
+
+async def test_a_rollback_names_a_version(access: Access) -> None:
+    call = access.stub.RollBackPolicy(pb.RollBackPolicyRequest(), metadata=access.admin)
+    assert (await refusal(call))[0] == "INVALID_ARGUMENT"
 
 
 async def test_two_documents_at_once_are_not_mixed(access: Access) -> None:
