@@ -161,10 +161,15 @@ class Peer(asyncio.Protocol, ABC):
         """Handle the rest of `size` bytes later. Meanwhile the connection is not read."""
         assert self._turns is not None
         self._is_waiting = True
-        self.lot = self._lot(size)
+        self._become(self._lot(size))
         self._turns.wait(self)
         if not self._transport.is_closing():
             self._transport.pause_reading()
+
+    def _become(self, lot: Lot) -> None:
+        # What it has used is counted by kind.
+        if lot is not self.lot:
+            self.lot, self.used_s = lot, 0.0
 
     def _lot(self, size: int) -> Lot:
         """Return the kind of the connection while `size` bytes wait."""

@@ -231,7 +231,7 @@ class ServerConnection(Peer):
             stream.release_all()
         self._end_lost(len(self._lost) if self._is_aborted else self._turns.at_once // _FRAMES_A_STREAM)
         # The memory of one such connection is freed in an iteration.
-        self.lot = Lot.DIRECT
+        self._become(Lot.DIRECT)
         if self._lost and not had_waited:
             self._turns.wait(self)
         self._unparsed, self._block = b"", None

@@ -1,12 +1,15 @@
 """Turns of a server's connections: what they send is handled in bounded pieces, one connection after the other.
 
     data ──first frames──> handled at once: many of the first connection, few of each other in the same iteration
-         └──more──> the connections, by the time their turns took
-                      └──in each iteration, turns of those that used least: short ones, one with much data, one direct
+         └──more──> the connections of a kind, by the time their turns took
+                      └──in each iteration, turns of each kind's that used least, as many as the kind may ──> handled
 
 With turns in their order of arrival, a connection that sends a few hundred frames a second fell behind those that
 flood. (Start-time fair queueing: Goyal, Vin, Cheng, 1996. What a turn counts is bounded here, and a new connection has
 used a little: none is kept waiting without end.) A connection has one turn in an iteration.
+
+Kinds (`Lot`) do not wait for each other: another one is first in each iteration. With one turn of any kind in it, calls
+on a direct connection waited for seconds behind uploads, whose turns cost less and so came more often.
 
 The frames of a turn are few at first. They double while iterations are short, and are cut when one was long: some
 frames cost 1 us and others, with the task that they start, a thousand times as much.
@@ -20,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import time
+from collections import deque
 from collections.abc import Callable
 from enum import Enum
 from itertools import count
@@ -59,26 +63,52 @@ _CHEAP_BYTES, _CHEAP_S = 4096, _ITERATION_S / 2
 
 
 class Lot(Enum):
-    """Kind of what waits."""
+    """Kind of connections, which wait for turns of their own: one kind does not delay another."""
 
     SHORT = 0
-    """Frames of an Envoy's connection without much data: any number of such turns in an iteration."""
+    """An Envoy's, with frames that are no much data: any number of turns in an iteration."""
     MUCH = 1
-    """Much data of an Envoy's connection: one such turn in an iteration."""
+    """An Envoy's, with much data: one turn in an iteration."""
     DIRECT = 2
-    """Other connections: one such turn in an iteration."""
+    """Others: one turn in an iteration."""
 
 
 class Waiting(Protocol):
     """A connection with frames that wait."""
 
-    used_s: float
-    """Time that counts as used, in the queue's own count: 0 before its first turn."""
     lot: Lot
-    """Its kind, which stays the same while it waits."""
+    used_s: float
+    """Time that counts as used, in the count of its kind: 0 before its first turn as one of these."""
 
     def take_turn(self, frames: int) -> bool:
         """Handle some of them. Return False when there are none any more."""
+
+
+class _Queue:
+    """The connections of a kind that wait."""
+
+    def __init__(self) -> None:
+        # Time that each has used, number of its arrival.
+        self._heap: list[tuple[float, int, Waiting]] = []
+        self._numbers = count()
+        # The most that a connection which had a turn had used before it. One that comes back has used as much: it saves
+        # nothing.
+        self._used_s = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self._heap)
+
+    def add(self, connection: Waiting, most_saved_s: float = 0.0) -> None:
+        """Add a connection, which may have used so much less than others."""
+        used_s = connection.used_s or self._used_s + _NEW_S
+        # Of those that have used as much, the one that came first is next.
+        heapq.heappush(self._heap, (max(self._used_s - most_saved_s, used_s), next(self._numbers), connection))
+
+    def pop(self) -> tuple[float, Waiting]:
+        """Remove the connection that has used least; return what it has used, and it."""
+        used_s, _, connection = heapq.heappop(self._heap)
+        self._used_s = max(self._used_s, used_s)
+        return used_s, connection
 
 
 class Turns:
@@ -86,12 +116,9 @@ class Turns:
 
     def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
         self.clock = clock
-        # The connections that wait: time that each has used, number of its arrival.
-        self._waiting: dict[Lot, list[tuple[float, int, Waiting]]] = {lot: [] for lot in Lot}
-        self._numbers = count()
-        # The most that a connection which had a turn had used before it. One that comes back has used as much: it saves
-        # nothing.
-        self._used_s = 0.0
+        self._queues = {lot: _Queue() for lot in Lot}
+        # Kinds in the order of their turns, another one first in each iteration: a turn of one may take all its time.
+        self._order = deque(Lot)
         # The connection that has its turn, and those that are to have another, after this iteration.
         self._taking: Waiting | None = None
         self._again: list[Waiting] = []
@@ -107,7 +134,7 @@ class Turns:
         if connection is self._taking:
             self._again.append(connection)
             return
-        self._add(connection, max(self._used_s, connection.used_s or self._used_s + _NEW_S))
+        self._queues[connection.lot].add(connection)
         if not self._is_scheduled:
             self._began = None
             self._schedule()
@@ -132,48 +159,55 @@ class Turns:
             self._began = self.clock()
             self._schedule()
 
-    def _add(self, connection: Waiting, used_s: float) -> None:
-        # Of those that have used as much, the one that came first is next.
-        heapq.heappush(self._waiting[connection.lot], (used_s, next(self._numbers), connection))
-
     def _next(self) -> None:
         """Give the next connections their turns, until these have taken some time: of each kind, as many as it may."""
         now, self._spent_s = self.clock(), 0.0
         if self._began is not None:
             self._adapt(now - self._began)
         self._began = now
-        left = [lot for lot in Lot if self._waiting[lot]]
+        self._order.rotate(1)
         try:
-            while left:
-                # Of those that have used as much, the one that came first.
-                lot = min(left, key=lambda lot: self._waiting[lot][0][:2])
-                has_taken = self._take_turn(self._waiting[lot])
-                if self.clock() - now > _TURNS_S:
+            for lot in self._order:
+                if self._take_turns(lot, now + _TURNS_S):
                     break
-                if (has_taken and lot is not Lot.SHORT) or not self._waiting[lot]:
-                    left.remove(lot)
         # A fault of one connection must not end the turns of the others.
         finally:
             for connection in self._again:
                 # Its share of the iterations that it had with others is not saved up, either.
-                self._add(connection, max(self._used_s - _LONGEST_S, connection.used_s))
+                self._queues[connection.lot].add(connection, _LONGEST_S)
             self._again.clear()
-            if any(self._waiting.values()):
+            if any(self._queues.values()):
                 self._schedule()
             else:
                 self._is_scheduled = False
                 self.at_once = self._frames
 
-    def _take_turn(self, waiting: list[tuple[float, int, Waiting]]) -> bool:
+    def _take_turns(self, lot: Lot, end: float) -> bool:
+        """Give connections of a kind their turns. Return True when these have lasted beyond `end`."""
+        queue = self._queues[lot]
+        while queue:
+            has_taken = self._take_turn(lot, queue)
+            if self.clock() > end:
+                return True
+            if has_taken and lot is not Lot.SHORT:
+                break
+        return False
+
+    def _take_turn(self, lot: Lot, queue: _Queue) -> bool:
         """Give the next connection its turn. Return False when it had none to take any more."""
-        used_s, _, connection = heapq.heappop(waiting)
-        self._used_s = max(self._used_s, used_s)
+        used_s, connection = queue.pop()
+        # It was lost while it waited.
+        if connection.lot is not lot:
+            self._queues[connection.lot].add(connection)
+            return False
         self._taking, began = connection, self.clock()
         try:
             return connection.take_turn(self._frames)
         finally:
             self._taking, took_s = None, self.clock() - began
-            connection.used_s = used_s + min(max(took_s, _LEAST_S), _LONGEST_S)
+            # It may have become one of another kind.
+            if connection.lot is lot:
+                connection.used_s = used_s + min(max(took_s, _LEAST_S), _LONGEST_S)
 
     def _schedule(self) -> None:
         self._is_scheduled = True

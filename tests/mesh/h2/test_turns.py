@@ -7,7 +7,7 @@ import gc
 import socket
 import time
 import weakref
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 import hpack
 import pytest
@@ -420,14 +420,15 @@ async def test_a_lost_connection_that_had_waited_waits_once():
         await asyncio.sleep(0)
     assert lost._is_waiting
     lost.connection_lost(None)
-    assert sum(map(len, memory.turns._waiting.values())) == 1
+    assert sum(len(queue._heap) for queue in memory.turns._queues.values()) == 1
     begun = lost._newest // 2 + 1
     for _ in range(20):
         await asyncio.sleep(0)
     assert app.left == begun
 
 
-async def test_of_lost_connections_of_an_envoy_one_is_freed_in_an_iteration():
+@pytest.mark.parametrize("had_waited", [False, True])
+async def test_of_lost_connections_of_an_envoy_one_is_freed_in_an_iteration(had_waited):
     memory, app = Memory(), Holding(1 << 10)
     memory.turns = Turns(lambda: 1.0)
     lost = [opened(app, memory) for _ in range(4)]
@@ -437,6 +438,10 @@ async def test_of_lost_connections_of_an_envoy_one_is_freed_in_an_iteration():
         await asyncio.sleep(0)
     for each in lost:
         each._is_shared, each.lot = True, Lot.SHORT
+    for each in lost[:2] if had_waited else ():
+        each.data_received(frames.window_update(0, 1) * 2_000)
+        assert each._is_waiting
+    for each in lost:
         each.connection_lost(None)
     left = [len(each._lost) for each in lost]
     assert min(left) > 100
@@ -536,10 +541,91 @@ async def test_connections_wait_for_turns_of_their_own_kind():
     # Those of a kind have equal shares.
     assert {len(each.taken) for each in uploads} == {50}
     assert {len(each.taken) for each in direct} == {200}
-    for each in everyone:
+    await lost(*everyone)
+
+
+async def lost(*connections: Endless) -> None:
+    for each in connections:
         each.is_lost = True
-    for _ in range(3):
+    for _ in range(2 * len(connections)):
         await asyncio.sleep(0)
+
+
+def of_kind(lot: Lot, turns: Turns, clock: Seconds, *costs: float) -> list[Endless]:
+    """Return connections of a kind that wait."""
+    found = [Endless(turns, clock, cost) for cost in costs]
+    for each in found:
+        each.lot = lot
+        turns.wait(each)
+    return found
+
+
+@pytest.mark.parametrize("other", [Lot.SHORT, Lot.MUCH])
+@pytest.mark.parametrize("cost_s", [1e-3, 1e-6])
+async def test_a_connection_with_little_waits_for_few_turns_of_its_kind_beside_others(cost_s, other):
+    """With one count of time for all kinds, that of the faster one, it waited behind all of its own that flood."""
+    clock = Seconds()
+    turns = Turns(clock)
+    floods = of_kind(Lot.DIRECT, turns, clock, *[cost_s] * 10) + of_kind(other, turns, clock, 2e-6)
+    [light] = of_kind(Lot.DIRECT, turns, clock, 1e-6)
+    waits = []
+    for _ in range(50):
+        before, iterations = len(light.taken), 0
+        while len(light.taken) == before:
+            await asyncio.sleep(0)
+            iterations += 1
+        waits.append(iterations)
+        # It has a rest.
+        light.is_lost = True
+        for _ in range(30):
+            await asyncio.sleep(0)
+        light.is_lost = False
+        turns.wait(light)
+    assert max(waits[5:]) <= 4
+    await lost(light, *floods)
+
+
+async def test_connections_of_a_kind_share_time_beside_another_kind():
+    clock = Seconds()
+    turns = Turns(clock)
+    [upload] = of_kind(Lot.MUCH, turns, clock, 1e-7)
+    dear, cheap = of_kind(Lot.DIRECT, turns, clock, 5e-5, 1e-6)
+    for _ in range(2_000):
+        await asyncio.sleep(0)
+    # A turn of 16 frames takes 0.8 ms, and the least that counts is 0.25.
+    assert len(cheap.taken) > 2 * len(dear.taken)
+    await lost(upload, dear, cheap)
+
+
+@pytest.mark.parametrize("kinds", list(permutations(Lot, 2)))
+async def test_costly_turns_of_one_kind_keep_no_other_waiting(kinds):
+    clock = Seconds()
+    turns = Turns(clock)
+    floods = of_kind(kinds[0], turns, clock, *[1e-3] * 100)
+    [other] = of_kind(kinds[1], turns, clock, 1e-6)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert len(other.taken) >= 33
+    await lost(other, *floods)
+
+
+async def test_what_waits_makes_the_kind_of_a_connection():
+    memory, app = Memory(), GrpcApp({}, {CALL: lambda body, call: None})
+    memory.turns = Turns(lambda: 1.0)
+    # As after other connections' costly data.
+    memory.turns._spent_s = 1.0
+    for is_shared, size, lot in [
+        (False, 5_000, Lot.DIRECT),
+        (False, 100_000, Lot.DIRECT),
+        (True, 5_000, Lot.SHORT),
+        (True, 100_000, Lot.MUCH),
+    ]:
+        connection = opened(app, memory)
+        connection._is_shared = is_shared
+        connection.data_received(bytes(size))
+        assert connection._is_waiting
+        assert connection.lot is lot
+        connection.abort()
 
 
 async def test_a_connection_has_one_turn_in_an_iteration():
