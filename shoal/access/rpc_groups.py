@@ -54,6 +54,10 @@ TRY_MODEL_WITH_CODE: Final = TRY_MODEL + "#code"
 OF_LAUNCHER = frozenset({INDEX, CREATE_KEY, LIST_KEYS, ROLL_BACK, APPLY_POLICY})
 """RPCs that the process that started a server, or another one of its user, calls at the server's own socket."""
 SUBMIT: Final = _INGEST + "Submit"
+INFERS_LATER: Final = frozenset(
+    _INGEST + method for method in ("Submit", "SubmitStream", "RunStream", "PutSchedule", "SubmitBatch")
+)
+"""RPCs that have a model run later, as jobs: their callers need the group of ModelInfer beside that of the RPC."""
 LIST_MODELS: Final = _STORE + "ListModels"
 REGISTER: Final = _STORE + "RegisterModel"
 REGISTER_WITH_CODE: Final = REGISTER + "#code"
