@@ -49,6 +49,7 @@ APPLY_POLICY: Final = ACCESS_SERVICE + "ApplyPolicy"
 CREATE_KEY: Final = ACCESS_SERVICE + "CreateKey"
 LIST_KEYS: Final = ACCESS_SERVICE + "ListKeys"
 ROLL_BACK: Final = ACCESS_SERVICE + "RollBackPolicy"
+ROTATE_SIGNER: Final = ACCESS_SERVICE + "RotateSigner"
 TRY_MODEL_WITH_CODE: Final = TRY_MODEL + "#code"
 """A trial load of a model that runs code, as LOAD_WITH_CODE."""
 OF_LAUNCHER = frozenset({INDEX, CREATE_KEY, LIST_KEYS, ROLL_BACK, APPLY_POLICY})
