@@ -68,7 +68,7 @@ _CAUSES = (
     Cause(403, "Audiences", f"{_SAID}: the token is for another audience than 'audiences' of its issuer in the policy"),
     Cause(403, "[no-key-id]", f"{_SAID}: the token has no id of its key: send one with a 'kid'"),
     Cause(403, "[revoked]", f"{_SAID}: the key is revoked: ask for another one"),
-    Cause(403, "[closed]", f"{_SAID}: no policy is in force yet: retry, or see `shoal doctor`"),
+    Cause(403, "[closed]", f"{_SAID}: no policy is in force yet: retry; `shoal logs coord` says why"),
     Cause(
         403,
         "rbac_access_denied",
