@@ -1,6 +1,6 @@
 """Audit of a server's administrative acts: an entry before each, and another with its outcome; and of counted reads.
 
-    call of shoal.access.audit.AUDITED ──> entry `act` ──durable──> handler ──> entry `outcome`
+    call of shoal.access.audit.AUDITED ──> entry `act` ──durable──> handler ──> entry `outcome`, of the same trace
                                              └──cannot be written──> UNAVAILABLE, and nothing is done
     call of CONTENT_READS, by a tenant that the policy names ──> handler ──> counted, and written each second
 
@@ -12,14 +12,16 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from contextvars import Token
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
-from opentelemetry import trace
+from opentelemetry import context, trace
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 
 from mesh.process.config import ServiceConfig
 from mesh.process.tasks import end, log_failure
@@ -35,6 +37,7 @@ from shoal.access.audit import (
     OUTCOME,
     READ,
     Event,
+    asked_for,
     delivered,
     made_by,
     target_of,
@@ -62,6 +65,7 @@ Respond: TypeAlias = Callable[[Q, Mapping[bytes, bytes]], Coroutine[Any, Any, R]
 
 _CALLER = CALLER_HEADER.encode()
 _ADDRESS = ADDRESS.encode()
+_IDS = RandomIdGenerator()
 _FURTHER_READS = Event(kind=READ, reason="further reads, more than are told apart")
 
 
@@ -70,7 +74,7 @@ class Act:
     """An act in progress."""
 
     made: str = ""
-    """Id of what it has made, set by its end."""
+    """Name of what it has made, set by its end."""
 
 
 class RemoteAuditLog:
@@ -186,11 +190,15 @@ class Auditing:
             )
 
     def _act(self, method: str, request: Any, ctx: Context) -> AbstractAsyncContextManager[Act]:
-        return self.act(method, caller_in(ctx), _address_in(ctx), _target_of(request))
+        return self.act(method, caller_in(ctx), _address_in(ctx), _target_of(request), asked_for(method, request))
 
     @asynccontextmanager
-    async def act(self, rpc: str, caller: bytes | None, address: str, target: str) -> AsyncIterator[Act]:
+    async def act(
+        self, rpc: str, caller: bytes | None, address: str, target: str, asked: str = ""
+    ) -> AsyncIterator[Act]:
         """Audit the block as an act: its entry is durable before the block begins, and its outcome follows.
+
+        `asked` is the reason in the entries of an act that does not fail.
 
         Calls of other services are no acts: they belong to a call that was audited. The node's launcher, which makes a
         key at the start, does so without an entry where the log cannot be written: the node may have no store.
@@ -203,25 +211,26 @@ class Auditing:
         if known is None and not is_launcher:
             yield act
             return
-        event = self._event(ACT, rpc, known, address, target)
-        try:
-            written = await self._written(event, may_retry=is_launcher)
-        except (ShoalError, TimeoutError) as err:
-            if not is_launcher:
-                raise Unavailable(f"the audit log cannot be written, so nothing was done: {_cause(err)}") from err
-            log.warning(
-                "a call of %(method)s by the launcher is missing in the audit log: %(error)s",
-                {"event": "audit.call_missing", "method": rpc, "error": _cause(err)},
-            )
-            yield act
-            return
-        outcome = replace(event, kind=OUTCOME, of=written)
-        try:
-            yield act
-        except BaseException as err:
-            self._end(outcome, err)
-            raise
-        self._end(replace(outcome, target=act.made or target), None)
+        with _traced():
+            event = replace(self._event(ACT, rpc, known, address, target), reason=asked)
+            try:
+                written = await self._written(event, may_retry=is_launcher)
+            except (ShoalError, TimeoutError) as err:
+                if not is_launcher:
+                    raise Unavailable(f"the audit log cannot be written, so nothing was done: {_cause(err)}") from err
+                log.warning(
+                    "a call of %(method)s by the launcher is missing in the audit log: %(error)s",
+                    {"event": "audit.call_missing", "method": rpc, "error": _cause(err)},
+                )
+                yield act
+                return
+            outcome = replace(event, kind=OUTCOME, of=written)
+            try:
+                yield act
+            except BaseException as err:
+                self._end(outcome, err)
+                raise
+            self._end(replace(outcome, target=act.made or target), None)
 
     async def _written(self, event: Event, *, may_retry: bool) -> str:
         async with asyncio.timeout(_RECORD_S):
@@ -255,7 +264,7 @@ class Auditing:
         elif error is not None:
             code, reason, _ = status_of(error)
         else:
-            code, reason = grpc.StatusCode.OK, ""
+            code, reason = grpc.StatusCode.OK, outcome.reason
         self._start(self._write(replace(outcome, code=code.value[0], reason=reason)), "outcome")
 
     def _start(self, work: Coroutine[Any, Any, None], name: str) -> None:
@@ -273,6 +282,28 @@ class Auditing:
                 "the outcome of %(entry)s is missing in the audit log: %(error)s",
                 {"event": "audit.outcome_missing", "entry": outcome.of, "error": _cause(err)},
             )
+
+
+@contextmanager
+def _traced() -> Iterator[None]:
+    """Run the block in a new trace when there is none, so that its logs and its calls of other services have one id.
+
+    The new trace is not sampled: nobody has asked for its spans.
+    """
+    if trace.get_current_span().get_span_context().is_valid:
+        yield
+        return
+    begun = trace.SpanContext(_IDS.generate_trace_id(), _IDS.generate_span_id(), is_remote=False)
+    token: Token[context.Context] | None = context.attach(trace.set_span_in_context(trace.NonRecordingSpan(begun)))
+    try:
+        yield
+    except GeneratorExit:
+        # The stream was closed from another task, whose context must stay as it is.
+        token = None
+        raise
+    finally:
+        if token is not None:
+            context.detach(token)
 
 
 def _target_of(request: Any) -> str:

@@ -29,6 +29,7 @@ from mesh.xds.messages import (
     StreamAccessLogsMessage,
     StreamAccessLogsResponse,
 )
+from mesh.xds.refusals import text_of
 from mesh.xds.resource import typed
 from shoal.access import rest_paths
 from shoal.access.audit import REFUSAL, Event
@@ -147,7 +148,8 @@ class RefusedCalls(CountedEvents):
             # Callers whom the gateway refuses may name any.
             target=model if details == _BY_SERVICE else "",
             code=int(code),
-            reason=unquote(answer.get(_MESSAGE, "")) or _REASONS.get(details, details),
+            # By the cause, which is the same over REST, where the text is in the body, and gRPC.
+            reason=text_of(details) or unquote(answer.get(_MESSAGE, "")) or _REASONS.get(details, details),
             trace_id=_trace_id(headers.get(_TRACE, "")),
             origin=self._origin,
         )

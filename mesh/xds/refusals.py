@@ -1,6 +1,7 @@
 """Texts of the responses that Envoy itself makes: each names its cause, and what to send.
 
     cause of Envoy (RESPONSE_CODE_DETAILS) ──> text ──> form of the call: a JSON call, the REST of inference, or gRPC
+                                                 └────> reason in the audit log
 
 Field: envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.local_reply_config. The first
 mapper that matches counts. This module imports nothing of Envoy's classes, which take most of a second to import.
@@ -8,6 +9,7 @@ mapper that matches counts. This module imports nothing of Envoy's classes, whic
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,9 @@ from typing import Any
 from shoal.access.rest_paths import PREFIX
 
 _SAID = "%LOCAL_REPLY_BODY%"
+# Envoy's own texts, which its details have without spaces, or not at all.
+_SAID_IN = re.compile(r"jwt_authn_access_denied\{(.+)\}")
+_RBAC, _RBAC_SAID = "rbac_access_denied", "RBAC: access denied"
 _CEL = "type.googleapis.com/envoy.extensions.access_loggers.filters.cel.v3.ExpressionFilter"
 # Codes of google.rpc.Status in the errors of JSON calls. Other statuses are UNKNOWN.
 _CODES = {400: 3, 401: 16, 403: 7, 404: 5, 408: 4, 413: 8, 415: 3, 429: 8, 431: 8, 503: 14, 504: 4}
@@ -68,10 +73,10 @@ _CAUSES = (
     Cause(403, "Audiences", f"{_SAID}: the token is for another audience than 'audiences' of its issuer in the policy"),
     Cause(403, "[no-key-id]", f"{_SAID}: the token has no id of its key: send one with a 'kid'"),
     Cause(403, "[revoked]", f"{_SAID}: the key is revoked: ask for another one"),
-    Cause(403, "[closed]", f"{_SAID}: no policy is in force yet: retry, or see `shoal doctor`"),
+    Cause(403, "[closed]", f"{_SAID}: no policy is in force yet: retry; `shoal logs coord` says why"),
     Cause(
         403,
-        "rbac_access_denied",
+        _RBAC,
         f"{_SAID}: the policy allows this call to no caller of this role, or there is no such call: ask an admin "
         "(`shoal policy explain`)",
     ),
@@ -85,6 +90,19 @@ _CAUSES = (
     Cause(413, "", f"{_SAID}: the body is too large for this call (docs/limits.md): send less at once"),
     Cause(431, "", f"{_SAID}: send fewer or shorter headers (docs/limits.md)"),
 )
+
+
+def text_of(details: str) -> str:
+    """Return the text of a refusal by Envoy, by its RESPONSE_CODE_DETAILS; empty for an unknown cause.
+
+    The headers of the request are not known: a cause that a header tells from the next one counts for both.
+    """
+    text = next((one.text for one in _CAUSES if one.details and one.details in details), "")
+    if found := _SAID_IN.match(details):
+        return text.replace(_SAID, found[1].replace("_", " "))
+    if details.startswith(_RBAC):
+        return text.replace(_SAID, _RBAC_SAID)
+    return "" if _SAID in text else text
 
 
 def mappers(json_call: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:

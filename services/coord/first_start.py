@@ -60,21 +60,21 @@ class FirstStart(Background):
                 await self._keep(self._copy)
 
     async def _until_begun(self) -> None:
-        said = ""
         while True:
             try:
                 await self._begin()
+                self._parts.keys.trouble = ""
                 return
             # Another coord was faster. Its policy may be older than the copy here, so it is compared.
             except Aborted:
                 pass
             except ShoalError as err:
-                if err.message != said:
+                if err.message != self._parts.keys.trouble:
                     log.warning(
                         "keys and policy are not ready yet: %(error)s",
                         {"event": "policy.first_start_retrying", "error": err},
                     )
-                said = err.message
+                self._parts.keys.trouble = err.message
             # A bug must not leave the cluster without a policy for ever.
             except Exception:
                 log.exception("keys and policy cannot be made", {"event": "policy.first_start_failed"})

@@ -100,6 +100,8 @@ class Keys:
         self._enforcement = enforcement
         self.keyring = keyring
         self._now = now
+        self.trouble = ""
+        """Reason for which the first start has made no signer yet; empty when none is known."""
 
     async def begin(self, revoked: Mapping[str, float] = MappingProxyType({})) -> None:
         """Make the first signer of a new cluster. `revoked`: revoked keys that etcd may have lost.
@@ -282,7 +284,7 @@ class Keys:
         entry = await self._sealed_signer()
         public = await self._etcd.get(SIGNERS)
         if public is None:
-            raise Unavailable("the cluster has no signer yet: retry in a moment")
+            raise self._no_signer()
         signer, now = await asyncio.to_thread(_new_signer), self._now()
         known = cluster.signers_of(public.value)
         former = [] if is_stolen else _still_valid(known, await self.records(), now)
@@ -322,10 +324,13 @@ class Keys:
             raise Aborted("another signer was made, or a key revoked, meanwhile: see `shoal keys list`, and retry")
         return done.revision
 
+    def _no_signer(self) -> Unavailable:
+        return Unavailable(f"the cluster has no signer yet: {self.trouble or 'retry in a moment'}")
+
     async def _sealed_signer(self) -> Entry:
         entry = await self._etcd.get(_SIGNER)
         if entry is None:
-            raise Unavailable("the cluster has no signer yet: retry in a moment")
+            raise self._no_signer()
         return entry
 
     async def _signer(self) -> tuple[Entry, Signer]:

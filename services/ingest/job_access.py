@@ -2,7 +2,7 @@
 
     submit ──check──> job with its caller's claims (never the token) ──attempt──> `refusal`: None, or the end
 
-A job is an inference that runs later: its caller needs the groups of Submit and of ModelInfer, both for the model.
+A job is an inference that runs later: the decision about Submit includes that about ModelInfer (shoal.access.decision).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def checked_caller(scope: TenantScope, model: str) -> bytes:
     """
     if scope.access is None:
         return b""
-    _check(scope.access, scope.caller, model)
+    scope.access.check(SUBMIT, scope.caller, model)
     return storable_caller(scope)
 
 
@@ -47,12 +47,7 @@ def refusal(access: Access | None, caller: bytes, model: str) -> ShoalError | No
     if access is None:
         return None
     try:
-        _check(access, caller or None, model)
+        access.check(SUBMIT, caller or None, model)
     except (PermissionDenied, Unauthenticated) as err:
         return err
     return None
-
-
-def _check(access: Access, caller: bytes | None, model: str) -> None:
-    access.check(SUBMIT, caller, model)
-    access.check_infer(caller, model)

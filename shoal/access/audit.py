@@ -6,7 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
-from shoal.access.rpc_groups import ADMINISTER, CODE, CREATE_KEY, GROUP_OF, MODELS, OPERATE
+from shoal.access.rpc_groups import (
+    ADMINISTER,
+    APPLY_POLICY,
+    CODE,
+    CREATE_KEY,
+    GROUP_OF,
+    MODELS,
+    OPERATE,
+    ROLL_BACK,
+    ROTATE_SIGNER,
+)
 from shoal.errors import InvalidArgument
 
 ACT: Final = "act"
@@ -85,11 +95,11 @@ class Event:
     rpc: str = ""
     """Path of the RPC, `/package.Service/Method`."""
     target: str = ""
-    """Model, job, tenant or key that the act is about."""
+    """Model, job, tenant or key that the act is about; of an outcome, the key, signer or policy that was made."""
     code: int = 0
     """gRPC status code, for `outcome` and `refusal`."""
     reason: str = ""
-    """Rule that decided, or message of the error."""
+    """Rule that decided, or message of the error; of an act on keys or policy, what it asks for."""
     count: int = 1
     """Equal events within one second that this one stands for."""
     trace_id: str = ""
@@ -128,8 +138,31 @@ def target_of(request: Any) -> str:
 
 
 def made_by(rpc: str, response: Any) -> str:
-    """Return the id of the key that an act has made; empty for other acts."""
-    return str(response.info.id) if rpc == CREATE_KEY else ""
+    """Return the id of the key or signer, or the version of the policy, that an act has made; empty for other acts."""
+    if rpc == CREATE_KEY:
+        return str(response.info.id)
+    if rpc == ROTATE_SIGNER:
+        return str(response.signer)
+    return f"version {response.policy.version}" if rpc in (APPLY_POLICY, ROLL_BACK) else ""
+
+
+def asked_for(rpc: str, request: Any) -> str:
+    """Return in a few words what an act on keys or policy asks for, such as `forced`; empty for other acts."""
+    if rpc == CREATE_KEY:
+        named = {
+            "role": request.role,
+            "tenant": request.tenant,
+            "subject": request.subject,
+            "models": " ".join(request.models),
+            "grants": " ".join(request.grants),
+        }
+        return ", ".join(f"{name} {value}" for name, value in named.items() if value)
+    if rpc == ROTATE_SIGNER:
+        return "stolen: the former keys end" if request.stolen else "the former keys stay valid"
+    if rpc in (APPLY_POLICY, ROLL_BACK):
+        back = f"back to version {request.version}" if rpc == ROLL_BACK else ""
+        return ", ".join(filter(None, (back, "forced" if request.force else "")))
+    return ""
 
 
 def delivered(response: Any) -> int:

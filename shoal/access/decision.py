@@ -2,6 +2,7 @@
 
     open RPC ──> revoked? ──> a deny that matches ──> the key's own models ──> a grant that allows ──> deny by default
 
+A call that has a model run later, such as a submit of a job, is decided twice: for its RPC, then as an inference.
 A gateway that does not know the model asks without one: the answer allows what some model may allow.
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 
 from shoal.access.patterns import matches_any
 from shoal.access.policy import ANY, KEY_ID, Grant, Issuer, Policy, is_name
-from shoal.access.rpc_groups import GROUP_OF, INTERNAL
+from shoal.access.rpc_groups import GROUP_OF, INFERS_LATER, INTERNAL, MODEL_INFER
 from shoal.errors import Unauthenticated
 
 MODEL_NAME = 255
@@ -67,6 +68,13 @@ class Applicable:
 
     def decide(self, rpc: str, model: str | None = None) -> Decision:
         """Return the decision about a call of `rpc`, as `decide` does."""
+        decision = self._decide(rpc, model)
+        if rpc not in INFERS_LATER or not decision.allowed:
+            return decision
+        inference = self._decide(MODEL_INFER, model)
+        return Decision(True, f"{decision.rule}; {inference.rule}") if inference.allowed else inference
+
+    def _decide(self, rpc: str, model: str | None) -> Decision:
         group, caller = GROUP_OF.get(rpc), self.caller
         if group is None:
             return Decision(False, f"no policy covers the RPC {rpc}")

@@ -49,11 +49,16 @@ APPLY_POLICY: Final = ACCESS_SERVICE + "ApplyPolicy"
 CREATE_KEY: Final = ACCESS_SERVICE + "CreateKey"
 LIST_KEYS: Final = ACCESS_SERVICE + "ListKeys"
 ROLL_BACK: Final = ACCESS_SERVICE + "RollBackPolicy"
+ROTATE_SIGNER: Final = ACCESS_SERVICE + "RotateSigner"
 TRY_MODEL_WITH_CODE: Final = TRY_MODEL + "#code"
 """A trial load of a model that runs code, as LOAD_WITH_CODE."""
 OF_LAUNCHER = frozenset({INDEX, CREATE_KEY, LIST_KEYS, ROLL_BACK, APPLY_POLICY})
 """RPCs that the process that started a server, or another one of its user, calls at the server's own socket."""
 SUBMIT: Final = _INGEST + "Submit"
+INFERS_LATER: Final = frozenset(
+    _INGEST + method for method in ("Submit", "SubmitStream", "RunStream", "PutSchedule", "SubmitBatch")
+)
+"""RPCs that have a model run later, as jobs: their callers need the group of ModelInfer beside that of the RPC."""
 LIST_MODELS: Final = _STORE + "ListModels"
 REGISTER: Final = _STORE + "RegisterModel"
 REGISTER_WITH_CODE: Final = REGISTER + "#code"

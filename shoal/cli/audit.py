@@ -126,4 +126,6 @@ def _row(entry: AuditEntry) -> tuple[object, ...]:
     status = Code(entry.code).name if has_status else entry.reason if entry.kind == "chain" else ""
     # A refused call has no target: its reason names the model, or what was wrong with the key.
     about = entry.target or (entry.reason if entry.kind == "refusal" else "")
+    if entry.kind in ("act", "outcome"):
+        about = ": ".join(filter(None, (entry.target, entry.reason)))
     return entry.at, entry.kind, who, entry.address, entry.rpc.rpartition("/")[2], about, status, entry.count

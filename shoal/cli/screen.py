@@ -64,8 +64,9 @@ class NodeScreen:
             self._say(f"starting {', '.join(names)}")
         self._said_starting = True
 
-    def still_waiting(self, names: Sequence[str], waited_s: float) -> None:
-        self._say(f"still waiting for {', '.join(names)} after {waited_s:.0f} s; logs: {self._logs}", "yellow")
+    def still_waiting(self, names: Sequence[str], waited_s: float, why: str) -> None:
+        reason = f" ({why})" if why else ""
+        self._say(f"still waiting for {', '.join(names)} after {waited_s:.0f} s{reason}; logs: {self._logs}", "yellow")
 
     def event(self, event: Event) -> None:
         match event:

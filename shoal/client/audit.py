@@ -32,10 +32,11 @@ class AuditEntry:
     rpc: str
     """Path of the RPC: /package.Service/Method."""
     target: str
-    """Model, job, tenant or key that the act is about."""
+    """Model, job, tenant or key that the act is about; of an outcome, what was made."""
     code: int
     """gRPC status code of an outcome or a refusal."""
     reason: str
+    """Rule that decided, or message of the error; of an act on keys or policy, what it asks for."""
     count: int
     """Equal events within one second that the entry stands for."""
     trace_id: str

@@ -37,6 +37,8 @@ class AdminKey:
         self.path = path
         self.text = ""
         """The key: a secret. Empty before `ensure` has returned True."""
+        self.why = ""
+        """Reason for which `ensure` has returned False."""
         self._sockets = tuple(sockets)
 
     async def ensure(self) -> bool:
@@ -50,7 +52,8 @@ class AdminKey:
             self.text = await self._valid_text() or await self._new_text()
         except (FailedPrecondition, InvalidArgument):
             raise
-        except ShoalError:
+        except ShoalError as err:
+            self.why = err.message
             return False
         return True
 

@@ -11,7 +11,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -47,8 +47,8 @@ class Screen(Protocol):
     def waiting(self, names: Sequence[str]) -> None:
         """Show the processes that are not ready yet."""
 
-    def still_waiting(self, names: Sequence[str], waited_s: float) -> None:
-        """Show the processes that have delayed the start for unusually long."""
+    def still_waiting(self, names: Sequence[str], waited_s: float, why: str) -> None:
+        """Show the processes that have delayed the start for unusually long; `why` is empty when it is not known."""
 
     def event(self, event: Event) -> None: ...
 
@@ -238,14 +238,19 @@ class _Running:
         await self._until_all(waiting, started)
         token = ""
         if self.admin_key is not None:
-            self.screen.waiting(["a key for the node's user"])
-            # Another process has no event to wait on.
-            while not await self.admin_key.ensure():  # noqa: ASYNC110
-                await asyncio.sleep(_POLL_S)
+            await self._until_key(self.admin_key, started)
             token = self.admin_key.text
         services, has_tls = tuple(self.options.replicas), self.served is not None
         calls = gateway.probes(self.layout.gateway_here, services, has_tls=has_tls, token=token)
         await self._until_all(calls, started)
+
+    async def _until_key(self, key: AdminKey, started: float) -> None:
+        waiting = ["a key for the node's user"]
+        self.screen.waiting(waiting)
+        async with self._slow_start_reported(waiting, started, lambda: key.why):
+            # Another process has no event to wait on.
+            while not await key.ensure():  # noqa: ASYNC110
+                await asyncio.sleep(_POLL_S)
 
     def _external_probes(self) -> dict[str, Callable[[], Awaitable[bool]]]:
         found: dict[str, Callable[[], Awaitable[bool]]] = {}
@@ -266,15 +271,26 @@ class _Running:
             self.screen.waiting(waiting)
 
         self.screen.waiting(waiting)
-        async with asyncio.TaskGroup() as tasks:
-            reporting = tasks.create_task(self._report_slow_start(waiting, started))
-            await asyncio.wait([tasks.create_task(until(name)) for name in probes])
-            reporting.cancel()
+        async with self._slow_start_reported(waiting, started), asyncio.TaskGroup() as tasks:
+            for name in probes:
+                tasks.create_task(until(name))
 
-    async def _report_slow_start(self, waiting: Sequence[str], started: float) -> None:
-        while True:
-            await asyncio.sleep(_SLOW_START_S)
-            self.screen.still_waiting(waiting, time.monotonic() - started)
+    @contextlib.asynccontextmanager
+    async def _slow_start_reported(
+        self, waiting: Sequence[str], started: float, why: Callable[[], str] = str
+    ) -> AsyncIterator[None]:
+        """Say from time to time, while the block lasts, what the start waits for, and why."""
+
+        async def report() -> None:
+            while True:
+                await asyncio.sleep(_SLOW_START_S)
+                self.screen.still_waiting(waiting, time.monotonic() - started, why())
+
+        reporting = asyncio.create_task(report())
+        try:
+            yield
+        finally:
+            await end(reporting)
 
 
 def _reserve(options: Options, ports: Ports) -> Layout:

@@ -19,6 +19,7 @@ from shoal.access.rpc_groups import (
     GRANTABLE,
     GROUP_OF,
     HEALTH,
+    INFERS_LATER,
     INTERNAL,
     LOAD,
     LOAD_WITH_CODE,
@@ -235,3 +236,25 @@ def test_a_token_of_another_issuer_is_refused() -> None:
     with pytest.raises(Unauthenticated, match="no such issuer"):
         caller_of(foreign(), {"iss": "other", "tenant": "acme"})
     assert tokens.ISSUER == "shoal"
+
+
+@pytest.mark.parametrize("rpc", sorted(INFERS_LATER))
+@pytest.mark.parametrize(
+    ("more", "refusal"),
+    [
+        ({"deny": ("infer",)}, "grant 'no' denies infer of the model 'secret'"),
+        ({"deny": ("jobs",)}, "grant 'no' denies jobs of the model 'secret'"),
+    ],
+)
+def test_a_call_that_has_a_model_run_later_is_decided_as_an_inference_too(rpc: str, more: dict, refusal: str) -> None:
+    user = Caller("shoal", "acme", role="user")
+    grants = (Grant(name="roles", models=("*",)), Grant(name="no", models=("sec*",), **more))
+    policy = Policy.model_construct(version=1, issuers=(), roles={}, grants=grants, hosts=("*",), open=(), revoked=())
+    refused, allowed = decide(policy, user, rpc, "secret"), decide(policy, user, rpc, "ocr")
+    assert (refused.allowed, refused.rule) == (False, refusal)
+    assert allowed.allowed
+    assert allowed.rule == "grant 'roles' allows jobs of the model 'ocr'; grant 'roles' allows infer of the model 'ocr'"
+    # Some model may be allowed, unless no inference is.
+    assert decide(policy, user, rpc).allowed
+    jobs_only = policy.model_copy(update={"roles": {"user": ("jobs",)}})
+    assert decide(jobs_only, user, rpc).rule == "no grant allows infer to the role 'user' of 'acme'"

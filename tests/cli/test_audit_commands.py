@@ -49,6 +49,15 @@ def test_entries_are_listed_newest_first_without_control_characters(served: Serv
     assert asked[0].HasField("since")
 
 
+def test_an_act_is_listed_with_what_it_asked_for_and_its_outcome_with_the_error(served: Served, shoal: Shoal) -> None:
+    rpc = "/shoal.coord.v1.AccessService/RotateSigner"
+    act = pb.AuditEvent(kind="act", rpc=rpc, reason="stolen: the former keys end")
+    has(served, act, pb.AuditEvent(kind="outcome", rpc=rpc, code=14, target="s-2", reason="no etcd"))
+    said = shoal("audit", "list").stdout
+    assert "stolen: the former keys end" in said
+    assert "s-2: no etcd" in said
+
+
 def test_an_export_is_a_line_of_json_for_each_entry(served: Served, shoal: Shoal) -> None:
     asked = has(served, REFUSAL, pb.AuditEvent(kind="act", target="model-1"))
     lines = [json.loads(line) for line in shoal("audit", "export").stdout.splitlines()]

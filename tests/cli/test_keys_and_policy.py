@@ -60,6 +60,9 @@ def test_from_a_signer_to_an_explanation(run, tmp_path: Path, monkeypatch: pytes
         status, said, _ = run("policy", "explain", "policy.yaml", "--call", "ModelInfer", "--model", model)
         assert (status, said.splitlines()[-1]) == (expected, rule)
         assert key.strip() not in said
+        for call in ("Submit", "PutSchedule", "SubmitBatch"):
+            status, said, _ = run("policy", "explain", "policy.yaml", "--call", call, "--model", model)
+            assert (status, said.splitlines()[-1].endswith(rule.partition(": ")[2])) == (expected, True), call
     monkeypatch.delenv("SHOAL_TOKEN")
     status, said, _ = run("policy", "explain", "policy.yaml", "--call", "ModelInfer", "--key", key.strip()[:-4])
     assert status == 1

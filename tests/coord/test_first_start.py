@@ -88,6 +88,8 @@ class Store:
 class Keys:
     """The signer and the revoked keys, which are not looked at."""
 
+    trouble = ""
+
     async def begin(self, revoked: Mapping[str, float]) -> None:
         pass
 

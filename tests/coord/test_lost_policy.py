@@ -177,6 +177,12 @@ async def test_a_copy_that_cannot_be_read_leaves_callers_refused_and_the_nodes_u
 
         await until(is_said, "coord says that the copy cannot be read")
         assert await policy_or_none(access) is None
+        # So the launcher can say why it waits for its key.
+        code, why = await refusal(access.stub.CreateKey(pb.CreateKeyRequest(), metadata=LAUNCHED))
+        assert code == "UNAVAILABLE"
+        assert why.startswith(
+            f"the cluster has no signer yet: {place.copy}, the copy of the last policy, cannot be read"
+        )
         request = pb.ApplyPolicyRequest(document=CLOSED, force=True)
         assert (await access.stub.ApplyPolicy(request, metadata=LAUNCHED)).policy.version == 1
         place.copy.unlink()

@@ -1391,6 +1391,8 @@ def test_acts_and_refusals_are_in_the_audit_log_which_names_an_entry_that_was_ed
         assert rest(node_world, "POST", f"/v2/repository/models/{OPEN}/load", made.key)[0] == 403
         assert node_world.infer(made.key, SECRET).startswith("PERMISSION_DENIED")
         assert rest(node_world, "GET", "/shoal/v1/policy")[0] == 401
+        assert rest(node_world, "GET", "/v2", "shoal_x")[0] == 401
+        assert node_world.infer("shoal_x").startswith("UNAUTHENTICATED")
 
         def entries(kind: str, **wanted: object) -> list[shoal.client.AuditEntry]:
             found = client.audit.list(kinds=[kind], since=began - timedelta(seconds=1))
@@ -1413,6 +1415,15 @@ def test_acts_and_refusals_are_in_the_audit_log_which_names_an_entry_that_was_ed
         ):
             wanted = {"rpc": rpc, "subject": subject, "code": code, "address": "127.0.0.1"}
             node_world.until(lambda wanted=wanted: len(entries("refusal", **wanted)) >= 1)  # type: ignore[misc]
+        # One cause has one reason, over REST and gRPC.
+        form = "Jwt is not in the form of Header.Payload.Signature with two dots and 3 sections"
+        whole = f"{form}: send a whole key as 'authorization: Bearer KEY' (`shoal keys create` makes one)"
+        for rpc in (f"{inference}ServerMetadata", MODEL_INFER):
+            node_world.until(lambda rpc=rpc: entries("refusal", rpc=rpc, reason=whole) != [])  # type: ignore[misc]
+        assert [one.reason for one in entries("act", rpc=f"{access}CreateKey", target="acme")] == [
+            "role user, tenant acme, subject eve"
+        ]
+        assert all(re.fullmatch("[0-9a-f]{32}", one.trace_id) for one in entries("act") + entries("outcome"))
         assert not entries("act", subject="eve")
         log = repr(entries("act") + entries("outcome") + entries("refusal"))
         assert not [secret for secret in node_world.secrets if secret.rpartition(".")[2] in log]

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from services.store.audit.entries import FIRST_HASH
+from services.store.audit.entries import FIRST_HASH, parts_of
 from services.store.documents import Collection
 
 # Sorts after every digit, and so after every entry of its writer.
@@ -28,15 +28,16 @@ class Extent:
         return self.first > self.last
 
 
-def range_of(writer: str, first: int = 0) -> dict[str, object]:
-    """Return a filter for the entries of `writer`, from number `first` on."""
-    return {"_id": {"$gte": f"{writer}/{first:012d}", "$lt": f"{writer}/{_AFTER_DIGITS}"}}
+def range_of(writer: str, first: int = 0, end: int | None = None) -> dict[str, object]:
+    """Return a filter for the entries of `writer`, from number `first` on, to the last one or before number `end`."""
+    after = _AFTER_DIGITS if end is None else f"{end:012d}"
+    return {"_id": {"$gte": f"{writer}/{first:012d}", "$lt": f"{writer}/{after}"}}
 
 
 def number_of(id_: object) -> int | None:
     """Return the number of an entry by its id; None when the id is that of no entry."""
-    writer, _, number = id_.rpartition("/") if isinstance(id_, str) else ("", "", "")
-    return int(number) if writer and number.isdecimal() else None
+    parts = parts_of(id_)
+    return None if parts is None else parts[1]
 
 
 async def writers(audit: Collection) -> AsyncIterator[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -25,6 +26,8 @@ FIRST_HASH: Final = "0" * 64
 # Types of fields that are no texts.
 _TYPES: Mapping[str, type] = {"code": int, "count": int, "at": datetime}
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# Numbers begin with 1, and have 12 digits: another form of one would be a second id of the same entry.
+_ID = re.compile(r"(.+)/(?!0{12})([0-9]{12})", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,12 @@ def entry_id(writer: str, n: int) -> str:
     return f"{writer}/{n:012d}"
 
 
+def parts_of(id_: object) -> tuple[str, int] | None:
+    """Return the writer and the number in the id of an entry; None when no entry has such an id."""
+    found = _ID.fullmatch(id_) if isinstance(id_, str) else None
+    return None if found is None else (found[1], int(found[2]))
+
+
 def chained(writer: str, n: int, at_ms: int, event: Event, previous: str) -> Entry:
     """Return the entry that follows the one with the hash `previous`."""
     return Entry(writer, n, at_ms, event, _hash(previous, entry_id(writer, n), at_ms, event))
@@ -66,8 +75,8 @@ def chained(writer: str, n: int, at_ms: int, event: Event, previous: str) -> Ent
 
 def entry_of(document: Mapping[str, Any]) -> Entry:
     """Return the entry of a document, whatever the document says. Raises ValueError when it is none."""
-    writer, _, number = str(document["_id"]).rpartition("/")
-    if not writer or not number.isdigit():
+    parts = parts_of(document["_id"])
+    if parts is None:
         raise ValueError(f"{document['_id']!r} is no id of an entry")
     unknown = set(document) - {"_id", "at", "hash", *EVENT_FIELDS}
     if unknown:
@@ -76,7 +85,7 @@ def entry_of(document: Mapping[str, Any]) -> Entry:
     for name, value in [*values.items(), ("at", document["at"]), ("hash", document["hash"])]:
         if not isinstance(value, _TYPES.get(name, str)):
             raise ValueError(f"{name} has the type {type(value).__name__}")
-    return Entry(writer, int(number), milliseconds(document["at"]), Event(**values), document["hash"])
+    return Entry(*parts, milliseconds(document["at"]), Event(**values), document["hash"])
 
 
 def fits(entry: Entry, previous: str) -> bool:

@@ -7,6 +7,7 @@ lease held? ──yes──> entries too old? ──> anchor with the new first 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 
@@ -71,24 +72,28 @@ class AuditRounds(Background):
             kept = {
                 writer: await _kept(self._collections.audit, writer, one, before) for writer, one in extents.items()
             }
-        if kept == (newest.chains if newest is not None else {}):
-            return
-        if newest is not None:
-            oldest = await self._oldest(newest, before)
-        if not await self._anchors.write(newest, kept, oldest):
-            return
+        if kept != (newest.chains if newest is not None else {}):
+            if newest is not None:
+                oldest = await self._oldest(newest, before)
+            if not await self._anchors.write(newest, kept, oldest):
+                return
+        # Also without a change: an earlier removal may have been interrupted.
+        await self._remove_before(kept)
+        if newest is not None and oldest is not None and oldest != newest.oldest:
+            await self._anchors.remove_before(oldest)
+
+    async def _remove_before(self, kept: Mapping[str, Extent]) -> None:
+        """Remove the entries before those that an anchor keeps."""
         for writer, one in kept.items():
-            if one.first != extents[writer].first:
-                with translated("removing old audit entries"):
-                    removed = await self._collections.audit.delete_many(
-                        {"_id": {"$gte": f"{writer}/", "$lt": f"{writer}/{one.first:012d}"}}
-                    )
+            if one.first == 1:
+                continue
+            with translated("removing old audit entries"):
+                removed = await self._collections.audit.delete_many(chains.range_of(writer, end=one.first))
+            if removed.deleted_count:
                 log.info(
                     "removed %(entries)d old entries of the audit chain %(writer)s",
                     {"event": "audit.removed", "entries": removed.deleted_count, "writer": writer},
                 )
-        if newest is not None and oldest is not None and oldest != newest.oldest:
-            await self._anchors.remove_before(oldest)
 
     async def _oldest(self, newest: Anchor, before: datetime) -> int:
         """Return the number of the oldest anchor to keep: the last one that is too old stays."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -15,11 +16,23 @@ from mesh.rpc import audit_log, auditing
 from mesh.rpc.access import Access
 from mesh.rpc.auditing import Auditing
 from mesh.rpc.channel import connect
+from mesh.rpc.client.request import trace_metadata
 from mesh.rpc.server import Rpc, Server
 from shoal.access import tokens
 from shoal.access.audit import AUDITED, READS, Event
 from shoal.access.caller_header import LAUNCHER
-from shoal.access.rpc_groups import ADMINISTER, CODE, CREATE_KEY, GROUP_OF, MODELS, OPERATE, TRY_MODEL
+from shoal.access.rpc_groups import (
+    ADMINISTER,
+    APPLY_POLICY,
+    CODE,
+    CREATE_KEY,
+    GROUP_OF,
+    MODELS,
+    OPERATE,
+    ROLL_BACK,
+    ROTATE_SIGNER,
+    TRY_MODEL,
+)
 from shoal.access.tokens import Signer
 from shoal.coord.v1 import access_pb2 as coord_pb2
 from shoal.errors import NotFound, Unavailable
@@ -270,6 +283,85 @@ async def test_the_launchers_key_is_an_act_whose_outcome_names_the_key(
 
 async def _create_key(request: coord_pb2.CreateKeyRequest, ctx: Any) -> coord_pb2.CreateKeyResponse:
     return coord_pb2.CreateKeyResponse(info=coord_pb2.KeyInfo(id="k-1"))
+
+
+@pytest.mark.parametrize(
+    ("rpc", "request_", "response", "reason", "made"),
+    [
+        (
+            CREATE_KEY,
+            coord_pb2.CreateKeyRequest(tenant="acme", role="admin", subject="ann", models=["a*", "b"], grants=["g"]),
+            coord_pb2.CreateKeyResponse(info=coord_pb2.KeyInfo(id="k-1")),
+            "role admin, tenant acme, subject ann, models a* b, grants g",
+            "k-1",
+        ),
+        (
+            APPLY_POLICY,
+            coord_pb2.ApplyPolicyRequest(document="x", expected_version=6, force=True),
+            coord_pb2.ApplyPolicyResponse(policy=coord_pb2.PolicyVersion(version=7)),
+            "forced",
+            "version 7",
+        ),
+        (
+            ROLL_BACK,
+            coord_pb2.RollBackPolicyRequest(version=5),
+            coord_pb2.RollBackPolicyResponse(policy=coord_pb2.PolicyVersion(version=8)),
+            "back to version 5",
+            "version 8",
+        ),
+        (
+            ROTATE_SIGNER,
+            coord_pb2.RotateSignerRequest(stolen=True),
+            coord_pb2.RotateSignerResponse(signer="s-2", key="a secret"),
+            "stolen: the former keys end",
+            "s-2",
+        ),
+        (
+            ROTATE_SIGNER,
+            coord_pb2.RotateSignerRequest(),
+            coord_pb2.RotateSignerResponse(signer="s-2"),
+            "the former keys stay valid",
+            "s-2",
+        ),
+    ],
+)
+async def test_the_entries_of_an_act_on_keys_or_policy_say_what_it_did(
+    signer: Signer, caller: Caller, log: Log, rpc: str, request_: Any, response: Any, reason: str, made: str
+) -> None:
+    async def behaviour(request: Any, ctx: Any) -> Any:
+        return response
+
+    async with Auditing(log, Access(policy(signer)), "node/coord-0") as audited:
+        await audited.wrap(rpc, behaviour)(request_, _Call(caller()))
+        outcome = await log.ended()
+    assert (log.events[0].kind, log.events[0].reason) == ("act", reason)
+    assert (outcome.kind, outcome.code, outcome.target, outcome.reason) == ("outcome", 0, made, reason)
+
+
+async def test_an_act_has_a_trace_id_which_its_calls_of_other_services_have_too(
+    signer: Signer, caller: Caller, log: Log
+) -> None:
+    sent: list[str] = []
+
+    async def behaviour(request: Any, ctx: Any) -> Any:
+        sent.append(trace_metadata()["traceparent"])
+        return pb.SetQuotaResponse()
+
+    async with Auditing(log, Access(policy(signer)), "node/store-0") as audited:
+        for _ in range(2):
+            await audited.wrap(SET_QUOTA, behaviour)(pb.SetQuotaRequest(tenant="acme"), _Call(caller()))
+    acts = [event.trace_id for event in log.events if event.kind == "act"]
+    assert acts == [event.trace_id for event in log.events if event.kind == "outcome"]
+    # Not sampled: nobody has asked for spans.
+    assert [
+        re.fullmatch(f"00-{id_}-[0-9a-f]{{16}}-00", one) is not None for id_, one in zip(acts, sent, strict=True)
+    ] == [True] * 2
+    assert len(set(acts)) == 2
+
+
+async def test_an_act_has_the_trace_id_of_its_caller(stub: Any, caller: Caller, log: Log) -> None:
+    await _set(stub, "acme", [*caller(), ("traceparent", f"00-{7:032x}-{1:016x}-00")])
+    assert {(await log.ended()).trace_id, log.events[0].trace_id} == {f"{7:032x}"}
 
 
 class _Call:

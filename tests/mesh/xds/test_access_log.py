@@ -61,7 +61,12 @@ def refused(
     [
         ("via_upstream", "refused by the service", "a/b"),
         # The gateway knows no model, and its callers may name any.
-        ("rbac_access_denied[revoked]", "rbac_access_denied[revoked]", ""),
+        (
+            "rbac_access_denied_matched_policy[revoked]",
+            "RBAC: access denied: the key is revoked: ask for another one",
+            "",
+        ),
+        ("of_a_later_Envoy", "of_a_later_Envoy", ""),
     ],
 )
 async def test_a_refusal_without_a_message_has_a_reason_and_the_model_that_a_service_refused(
@@ -73,6 +78,40 @@ async def test_a_refusal_without_a_message_has_a_reason_and_the_model_that_a_ser
     await calls.write()
     found = [(event.rpc, event.code, event.reason, event.target) for event in log.events]
     assert found == [(INFER, 7, reason, target)]
+
+
+JWT_FORM = "Jwt is not in the form of Header.Payload.Signature with two dots and 3 sections"
+
+
+@pytest.mark.parametrize(
+    ("status", "details", "message", "reason"),
+    [
+        (401, f"jwt_authn_access_denied{{{JWT_FORM}}}", "", f"{JWT_FORM}: send a whole key as 'authorization: Bearer"),
+        (401, "jwt_authn_access_denied{Jwt is expired}", "", "Jwt is expired: the key has expired: send another one"),
+        # Envoy reports no headers with keys, so it is not known whether there was one.
+        (401, "jwt_authn_access_denied{Jwt is missing}", "the header 'authorization' has no key: send", "no key: send"),
+        (
+            401,
+            "jwt_authn_access_denied{Jwks doesn't have key to match kid or alg from Jwt}",
+            "",
+            "Jwks doesn't have key to match kid or alg from Jwt: the token's signer is not among",
+        ),
+        (403, "rbac_access_denied_matched_policy[none]", "", "RBAC: access denied: the policy allows this call to no"),
+    ],
+)
+async def test_one_cause_has_one_reason_over_rest_and_grpc(
+    calls: RefusedCalls, log: Log, status: int, details: str, message: str, reason: str
+) -> None:
+    details = details.replace(" ", "_")
+    over_rest = {"response_code": status, "response_code_details": details}
+    headers = {"grpc-status": {401: "16", 403: "7"}[status], "grpc-message": message or "made by the mapper"}
+    over_grpc = {"response_code": 200, "response_code_details": details, "response_headers": headers}
+    for path, response in (("/v2/models/m/infer", over_rest), (INFER, over_grpc)):
+        request = {"path": path, "request_method": "POST"}
+        calls.count(HttpAccessLogEntry.from_dict({"request": request, "response": response}))
+    await calls.write()
+    (event,) = log.events
+    assert (event.count, event.reason[: len(reason)]) == (2, reason)
 
 
 @pytest.fixture

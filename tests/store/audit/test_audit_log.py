@@ -425,3 +425,76 @@ async def test_a_time_that_no_calendar_has_is_named(audit: Audit) -> None:
     assert audit.id(3) in [problem.where for problem in await audit.problems()]
     with pytest.raises(DataLoss, match="shoal audit verify"):
         _ = [entry async for entry in read(audit.parts.collections, AuditFilter())]
+
+
+@pytest.mark.parametrize("number", ["000000000000", "00000000000", "3", "0000000000002", "٠٠٠٠٠٠٠٠٠٠٠٢"])
+async def test_a_copy_of_an_entry_under_a_number_that_no_entry_has_is_named(audit: Audit, number: str) -> None:
+    await audit.record(4)
+    await audit.rounds.anchor()
+    made_up = f"{audit.chain.writer}/{number}"
+    entry = await audit.entries.find_one({"_id": audit.id(2)})
+    await audit.entries.insert_one({**entry, "_id": made_up, "subject": "victim"})
+
+    assert [problem.where for problem in await audit.problems()] == [made_up]
+
+
+async def removed_by_retention(audit: Audit) -> list[dict]:
+    """Record entries 1 to 4, then 5 and 6 later, when 1 to 4 are too old; return those four."""
+    await audit.record(3)
+    await audit.rounds.anchor()
+    removed = await audit.entries.find({}).sort("_id").to_list()
+    audit.parts.clock.advance(days=KEEP.days + 1)
+    await audit.record(2)
+    await audit.rounds.anchor()
+    assert await audit.entries.count_documents({}) == 2
+    return removed
+
+
+async def test_entries_that_were_made_up_before_the_first_that_is_kept_are_named(audit: Audit) -> None:
+    removed = await removed_by_retention(audit)
+    for document in (removed[0], removed[2]):
+        await audit.entries.insert_one({**document, "subject": "victim"})
+    assert [problem.where for problem in await audit.problems()] == [audit.id(3), audit.id(1)]
+    # The hash that the anchor has of the last entry that was removed.
+    await audit.entries.insert_one({**removed[3], "subject": "victim"})
+    assert {problem.where for problem in await audit.problems()} >= {audit.id(4)}
+
+
+async def test_entries_whose_removal_was_interrupted_are_no_problem_and_the_next_round_removes_them(
+    audit: Audit,
+) -> None:
+    removed = await removed_by_retention(audit)
+    await audit.entries.insert_many(removed)
+    assert await audit.problems() == []
+    await audit.entries.delete_one({"_id": audit.id(1)})
+    # Nothing proves what entry 2 says, once the entry before it is gone.
+    assert [problem.where for problem in await audit.problems()] == [audit.id(2)]
+
+    await audit.rounds.anchor()
+    assert await audit.problems() == []
+    assert await audit.entries.count_documents({}) == 2
+
+
+async def test_an_entry_that_is_removed_while_it_is_verified_is_no_problem(audit: Audit) -> None:
+    removed = await removed_by_retention(audit)
+    await audit.entries.insert_many(removed[2:])
+    whole = audit.parts.collections.audit
+    audit.parts.collections._prepared["audit"] = _Removing(whole, audit.id(3))
+
+    assert await audit.problems() == []
+
+
+class _Removing:
+    """The collection, from which an entry is removed a moment after it was read."""
+
+    def __init__(self, collection: AsyncCollection, id_: str) -> None:
+        self._collection = collection
+        self._id = id_
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._collection, name)
+
+    async def find_one(self, query: dict, *args: object, **options: object) -> object:
+        if query == {"_id": self._id}:
+            await self._collection.delete_one(query)
+        return await self._collection.find_one(query, *args, **options)
