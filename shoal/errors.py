@@ -65,6 +65,9 @@ class ShoalError(Exception):
     """Trace of the failed call, for `shoal trace`; empty: the server has named none."""
 
     def __init__(self, message: str, *, retry_after_ms: int | None = None) -> None:
+        # A model's text may have characters that no message carries.
+        if not message.isascii():
+            message = message.encode(errors="replace").decode()
         super().__init__(message)
         self.message = message
         self.retry_after_ms = retry_after_ms

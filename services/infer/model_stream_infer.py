@@ -122,7 +122,10 @@ class _Stream:
         self._tasks.discard(task)
         while self._in_order and self._in_order[0][0].done() and not self._in_order[0][0].cancelled():
             first, part = self._in_order.popleft()
-            self._out.append((first.result(), part, True))
+            # It returns errors; a fault of its own must not keep the stream waiting for ever.
+            error = first.exception()
+            response = first.result() if error is None else _error_response(pb.ModelInferRequest(), error)
+            self._out.append((response, part, True))
         self._is_new.set()
 
     async def _read(self, requests: AsyncIterator[pb.ModelInferRequest]) -> None:
@@ -235,7 +238,7 @@ def _serialised(response: pb.ModelInferResponse, raw: Sequence[Any]) -> MessageP
     return MessageParts((opening, *parts), len(opening) + size)
 
 
-def _error_response(request: pb.ModelInferRequest, error: Exception) -> MessageParts:
+def _error_response(request: pb.ModelInferRequest, error: BaseException) -> MessageParts:
     if isinstance(error, ShoalError):
         code, message, retry_after_ms = error.code, error.message, error.retry_after_ms
     else:
@@ -245,5 +248,7 @@ def _error_response(request: pb.ModelInferRequest, error: Exception) -> MessageP
     response.parameters[ERROR_CODE_PARAMETER].int64_param = code
     if retry_after_ms is not None:
         response.parameters[RETRY_AFTER_PARAMETER].int64_param = retry_after_ms
-    serialised = pb.ModelStreamInferResponse(error_message=message, infer_response=response).SerializeToString()
+    # Without a text it would be a success.
+    failed = pb.ModelStreamInferResponse(error_message=message or "no details", infer_response=response)
+    serialised = failed.SerializeToString()
     return MessageParts((serialised,), len(serialised))

@@ -216,20 +216,23 @@ def pack_bytes(elements: Iterable[Any]) -> bytes:
     """Return BYTES elements (`bytes`-like, or `str` as UTF-8) as raw contents.
 
     Raises:
-        TypeError: an element is neither text nor bytes.
+        TypeError: an element is neither text nor bytes, or text that UTF-8 cannot have.
     """
     parts: list[Any] = []
     pack = _LENGTH.pack
-    for element in elements:
-        # Exact types first: `isinstance` and a call for each element would take half of the time again.
-        if type(element) is bytes:
-            data = element
-        elif type(element) is str:
-            data = element.encode()
-        else:
-            data = _as_bytes(element, len(parts) // 2)
-        parts.append(pack(len(data)))
-        parts.append(data)
+    try:
+        for element in elements:
+            # Exact types first: `isinstance` and a call for each element would take half of the time again.
+            if type(element) is bytes:
+                data = element
+            elif type(element) is str:
+                data = element.encode()
+            else:
+                data = _as_bytes(element, len(parts) // 2)
+            parts.append(pack(len(data)))
+            parts.append(data)
+    except UnicodeEncodeError as err:
+        raise TypeError(f"element {len(parts) // 2} is text that UTF-8 cannot have: {err.reason}; use bytes") from err
     return b"".join(parts)
 
 

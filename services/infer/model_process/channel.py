@@ -170,7 +170,7 @@ class Channel:
             raise ValueError("the frame is too large")
         memory = memoryview(bytearray(text_bytes + inline_bytes))
         self._fill(memory)
-        header = json.loads(bytes(memory[:text_bytes]))
+        header = _header_of(bytes(memory[:text_bytes]))
         if not isinstance(header, dict):
             raise ValueError("the header is not a JSON object")
         tensors = self._mapped(segment_bytes) if segment_bytes else memory[text_bytes:]
@@ -257,3 +257,11 @@ def _write(fd: int, chunks: list[memoryview], at: int) -> None:
             written -= len(chunks.pop(0))
         if chunks and written:
             chunks[0] = chunks[0][written:]
+
+
+def _header_of(text: bytes) -> Any:
+    """Return the value of a JSON text. Surrogates, as in a model's error, are `?`: no message carries them."""
+    header = json.loads(text)
+    if b"\\ud" in text:
+        header = json.loads(json.dumps(header, ensure_ascii=False).encode(errors="replace"))
+    return header

@@ -24,6 +24,15 @@ class RunFailed(Exception):
         self.is_own = is_own
 
 
+def text_of(error: BaseException) -> str:
+    """Return the class and the text of an error of a model, whose own code makes the text, and may fail."""
+    try:
+        text = str(error)
+    except Exception:
+        text = ""
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 @dataclass(frozen=True)
 class Load:
     """Load request of a model process."""

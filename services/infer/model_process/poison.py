@@ -2,8 +2,8 @@
 
     confirmed: alone in a process that crashed by itself
         ──> rejected for a time that doubles with each further crash
-    ambiguous: one of several requests, or the process was killed (out-of-memory killer, a person)
-        ──> rejected after MAX_AMBIGUOUS_CRASHES
+    ambiguous: one of several that cannot run alone, or the process was killed (out-of-memory killer, a person)
+        ──> rejected after MAX_AMBIGUOUS_CRASHES, with no success in between
 
 The table has a bounded size, and its records expire.
 """
@@ -63,6 +63,13 @@ class PoisonTable:
                 self._records[key] = record
                 while len(self._records) > _MAX_RECORDS:
                     del self._records[next(iter(self._records))]
+
+    def record_success(self, requests: Sequence[InferenceRequest]) -> None:
+        """Forget the crashes of `requests`, which have succeeded now: others, with which they ran, were to blame."""
+        if self._records:
+            with self._lock:
+                for request in requests:
+                    self._records.pop(fingerprint(request), None)
 
     def rejected_for_s(self, request: InferenceRequest) -> float:
         """Return for how many seconds `request` is still rejected; 0: it may run."""

@@ -311,6 +311,8 @@ class DecoupledScheduler:
             except ResourceExhausted as err:
                 stream.events.put_nowait(err)
         if message is None or message.op == "end" or message.header.get("final") is True:
+            if message is not None:
+                self._session.poison.record_success([stream.request])
             self._release(stream)
 
     def _release(self, stream: _ActiveStream) -> None:

@@ -82,9 +82,11 @@ class ProcessExecution(Execution):
         try:
             results = self._call_process(requests)
         except ModelDied as err:
-            self._processes.poison.record_crash(requests, is_confirmed=err.is_confirmed)
-            if len(requests) == 1 and (err.is_alone or self._runs_one_by_one):
-                raise
+            # Of several requests each runs alone next, which shows the one to blame.
+            if len(requests) == 1:
+                self._processes.poison.record_crash(requests, is_confirmed=err.is_confirmed)
+                if err.is_alone or self._runs_one_by_one:
+                    raise
             return self._run_one_by_one(requests, err)
         computed = perf_counter_ns()
         counts = [request.rows for request in requests]

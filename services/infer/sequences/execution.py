@@ -157,7 +157,7 @@ class ProcessSequenceExecution(SequenceExecution):
         self._steps.on, self._steps.is_wanted = self._process, self._has_waiting_caller
         self._steps.outer = lambda: outer_of(self._batch)
         try:
-            return super()._execute(to_run)
+            outcomes = super()._execute(to_run)
         except ModelDied as err:
             for step in self._batch:
                 step.is_lost = True
@@ -165,6 +165,8 @@ class ProcessSequenceExecution(SequenceExecution):
                 return [self._not_run_error(step) for step in to_run]
             self._processes.poison.record_crash([step.request for step in to_run], is_confirmed=err.is_confirmed)
             raise
+        self._processes.poison.record_success([step.request for step in to_run])
+        return outcomes
 
     def _not_run_error(self, step: SequenceStep) -> ShoalError:
         """Return the error of a step whose process ended: only a step that starts a sequence may be sent again."""

@@ -287,7 +287,11 @@ class World:
         session: Any = SimpleNamespace(
             streams=lambda: self.streams,
             limits=SimpleNamespace(streams=1, execution_s=math.inf),
-            poison=SimpleNamespace(rejected_for_s=lambda request: 0.0, record_crash=lambda requests, **more: None),
+            poison=SimpleNamespace(
+                rejected_for_s=lambda request: 0.0,
+                record_crash=lambda requests, **more: None,
+                record_success=lambda requests: None,
+            ),
             check_running=lambda: None,
             datatypes={"x": "FP64"},
             wants_requests=False,

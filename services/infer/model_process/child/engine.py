@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from services.infer.model_process.channel import Message
 from services.infer.model_process.child.mailbox import RUNNING_ID, WAKE, Abandoned, RequestListener
-from services.infer.model_process.hosted import Batch, Hosted, RunFailed
+from services.infer.model_process.hosted import Batch, Hosted, RunFailed, text_of
 from services.infer.model_process.payload import TensorPart
 
 # Errors are cut to this length: a status message travels in a header of limited size.
@@ -87,11 +87,17 @@ def _run(channel: MessageSink, mailbox: MessageSource, hosted: Hosted, message: 
         parts: Sequence[TensorPart] = result.parts
         _check_size(parts)
     except RunFailed as err:
-        text = str(err)[:_MAX_ERROR_CHARACTERS]
-        header, parts = {"op": "error", "id": number, "error": text, "code": err.code}, ()
+        header, parts = _error(number, err), ()
+    # An output that cannot be sent is an error of this run, and the process goes on.
+    except Exception as err:
+        header, parts = _error(number, RunFailed(f"its results cannot be sent: {text_of(err)}")), ()
     finally:
         del mailbox.listeners[number]
     channel.send(header, parts)
+
+
+def _error(number: int, error: RunFailed) -> dict[str, Any]:
+    return {"op": "error", "id": number, "error": str(error)[:_MAX_ERROR_CHARACTERS], "code": error.code}
 
 
 def _check_size(parts: Sequence[TensorPart]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from services.infer.model_process.hosted import LoadFailed
+from services.infer.model_process.hosted import LoadFailed, text_of
 
 TRITON_CLASS = "TritonPythonModel"
 _OWN_CLASS = "Model"
@@ -69,10 +69,7 @@ def model_class(module: ModuleType, file: Path) -> type[Any]:
 
 def error_line(error: BaseException, file: Path) -> str:
     """Return an error as one line: its class, its message, and the line of the model's file that raised it."""
-    if isinstance(error, SystemExit):
-        text = f"it called sys.exit({error.code!r})"
-    else:
-        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    text = f"it called sys.exit({error.code!r})" if isinstance(error, SystemExit) else text_of(error)
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
     where = f" ({file.name}, line {lines[-1]})" if lines else ""
     return " ".join(text.split())[:1000] + where

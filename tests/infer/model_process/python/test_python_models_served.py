@@ -7,6 +7,8 @@ import asyncio
 import numpy as np
 import pytest
 
+from services.infer.model_process import instance
+from shoal.client.aio import _of_stream as of_stream
 from shoal.errors import Code, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.breakable import until
@@ -138,6 +140,124 @@ async def test_requests_share_an_execution_and_only_the_failing_one_fails(repo, 
         return await ask(16) == [[32]]
 
     await until(is_back)
+
+
+async def test_a_request_beside_others_that_crash_the_process_is_never_rejected(repo, serve, monkeypatch):
+    monkeypatch.setattr(instance, "_RESTART_MAX_S", 0.05)
+    repo.python(
+        "m",
+        """
+        import os, time
+        class Model:
+            inputs = {"x": ("FP32", [-1, 1])}
+            outputs = {"y": ("FP32", [-1, 1])}
+            def predict(self, batch):
+                if (batch["x"] >= 100).any():
+                    os._exit(3)
+                if (batch["x"] == 1).any():
+                    time.sleep(0.2)
+                return {"y": 2 * batch["x"]}
+        """,
+    )
+    serving = await serve()
+
+    async def ask(value: float):
+        try:
+            return output(await serving.core.infer(request("m", x=floats([value]))), "y").tolist()
+        except ShoalError as err:
+            return err.message
+
+    async def is_back() -> bool:
+        return await ask(5) == [[10]]
+
+    for n in range(5):
+        # The first one keeps the model busy, so that the others are one batch.
+        _, right, died = await asyncio.gather(ask(1), ask(2), ask(100 + n))
+        assert right == [[4]], n
+        assert "process died (exit code 3)" in died
+        await until(is_back)
+
+
+ODD = """
+    import numpy as np
+    class Unspeakable(Exception):
+        def __str__(self):
+            raise RuntimeError("no text")
+    class Model:
+        inputs = {"x": ("FP32", [-1, 1])}
+        outputs = {"y": ("BYTES", [-1, 1])}
+        def predict(self, batch):
+            x = batch["x"]
+            if (x == 14).any():
+                raise ValueError("bad \\udc80 text")
+            if (x == 15).any():
+                raise Unspeakable
+            texts = ["caf\\udce9" if value == 13 else str(int(value)) for value in x[:, 0]]
+            return {"y": np.array(texts, object)[:, None]}
+"""
+
+ODD_TRITON = """
+    import numpy as np
+    import triton_python_backend_utils as pb_utils
+    class TritonPythonModel:
+        def execute(self, requests):
+            responses = []
+            for request in requests:
+                x = int(pb_utils.get_input_tensor_by_name(request, "x").as_numpy()[0, 0])
+                texts = {14: "bad \\udc80 text", 15: ""}
+                if x in texts:
+                    responses.append(pb_utils.InferenceResponse(error=pb_utils.TritonError(texts[x])))
+                    continue
+                y = np.array([["caf\\udce9" if x == 13 else str(x)]], object)
+                responses.append(pb_utils.InferenceResponse([pb_utils.Tensor("y", y)]))
+            return responses
+"""
+ODD_CONFIG = """
+    backend: "python" max_batch_size: 8
+    input { name: "x" data_type: TYPE_FP32 dims: [ 1 ] } output { name: "y" data_type: TYPE_STRING dims: [ 1 ] }
+"""
+
+
+@pytest.mark.parametrize(("source", "config"), [(ODD, ""), (ODD_TRITON, ODD_CONFIG)], ids=["own", "triton"])
+async def test_texts_that_no_message_carries_are_errors_of_their_request_alone(repo, serve, source, config):
+    repo.python("m", source, config)
+    serving = await serve()
+
+    async def ask(value: int) -> str:
+        try:
+            return output(await serving.core.infer(request("m", x=floats([value]))), "y")[0, 0].decode()
+        except ShoalError as err:
+            return err.message
+
+    found = await asyncio.gather(*(ask(value) for value in (2, 13, 3, 14, 15, 4)))
+    assert [found[n] for n in (0, 2, 5)] == ["2", "3", "4"]
+    assert "element 0 is text that UTF-8 cannot have: surrogates not allowed; use bytes" in found[1]
+    assert "bad ? text" in found[3]
+    if not config:
+        assert "Unspeakable (model.py, line 14)" in found[4]
+
+    async with asyncio.timeout(30):
+        asked = [request("m", x=floats([value])) for value in (13, 14, 15, 5)]
+        streamed = [response async for response in serving.stub.ModelStreamInfer(iter(asked))]
+    assert [bool(response.error_message) for response in streamed] == [True, True, True, False]
+    assert "bad ? text" in streamed[1].error_message
+    if config:
+        assert streamed[2].error_message == "no details"
+        assert of_stream(streamed[2]).error is not None
+    assert output(streamed[3].infer_response, "y").tolist() == [[b"5"]]
+    (stats,) = (await serving.stub.ModelStatistics(pb.ModelStatisticsRequest(name="m"))).model_stats
+    assert stats.inference_stats.fail.count == 6
+    # None of them has ended the process.
+    assert "died" not in "".join(found)
+
+
+async def test_a_load_error_with_such_a_text_hides_no_other_model(repo, serve):
+    repo.python("double", OWN)
+    repo.python("bad", OWN + "        def load(self, folder, config): raise ValueError('cannot read \\udc80 file')")
+    serving = await serve()
+    index = (await serving.stub.RepositoryIndex(pb.RepositoryIndexRequest())).models
+    assert {row.name: row.state for row in index} == {"bad": "UNAVAILABLE", "double": "READY"}
+    assert ["cannot read ? file" in row.reason for row in index if row.name == "bad"] == [True]
 
 
 async def test_a_model_calls_another_one(repo, serve):
