@@ -93,8 +93,18 @@ class Connection:
     def flush(self) -> None:
         self.socket.sendall(self.h2.data_to_send())
 
-    def open(self, path: str = INFER, change: Mapping[str, str | bytes | None] = {}, more: Headers = ()) -> int:
-        """Start a call with gRPC's headers, with `change` applied (None removes a header), and `more` headers."""
+    def open(
+        self,
+        path: str = INFER,
+        change: Mapping[str, str | bytes | None] = {},
+        more: Headers = (),
+        *,
+        has_body: bool = True,
+    ) -> int:
+        """Start a call with gRPC's headers, with `change` applied (None removes a header), and `more` headers.
+
+        Without a body, the call ends with its headers.
+        """
         headers: dict[str, str | bytes | None] = {
             ":method": "POST",
             ":scheme": "http",
@@ -107,7 +117,7 @@ class Connection:
         sent = [(key.encode(), _bytes(value)) for key, value in headers.items() if value is not None]
         stream = self.h2.get_next_available_stream_id()
         self.answers[stream] = Answer()
-        self.h2.send_headers(stream, [*sent, *more])
+        self.h2.send_headers(stream, [*sent, *more], end_stream=not has_body)
         self.flush()
         return stream
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Iterable
 
 from mesh.h2.connections import Connections, admit
@@ -43,6 +44,7 @@ _FRAMES_A_REQUEST = 16
 
 _PRI = PREFACE[:4]
 _HEAD_END = b"\r\n\r\n"
+_LONE_LF = re.compile(rb"(?<!\r)\n")
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _CLOSE, _KEEP = b"connection: close\r\n", b"connection: keep-alive\r\n"
 _CHUNKED = b"transfer-encoding: chunked\r\n"
@@ -312,10 +314,12 @@ class Http1Connection(asyncio.Protocol):
         if (found if found >= 0 else len(data)) > LIST_BYTES:
             raise BadRequest(431, f"headers of more than {LIST_BYTES} bytes: send less")
         if found < 0:
-            self._searched = len(data)
             # What can never become a request is refused at once.
             if len(data) > 3 and not data[:1].isalpha():
                 raise BadRequest(400, "this is no request of HTTP/1.1")
+            if _LONE_LF.search(data, self._searched):
+                raise BadRequest(400, "the request is malformed: a line ends with LF, expected CR LF")
+            self._searched = len(data)
             return False
         self._searched = self._ticks = 0
         self._number += 1
@@ -354,8 +358,9 @@ class Http1Connection(asyncio.Protocol):
         self._unparsed = b""
         is_chunked = self._head.length is None
         if is_chunked:
-            piece, rest = piece[:_CHUNKED_BYTES], piece[_CHUNKED_BYTES:]
-            piece = self._reader.feed_body(piece)
+            piece, later = piece[:_CHUNKED_BYTES], piece[_CHUNKED_BYTES:]
+            piece, rest = self._reader.feed_body(piece)
+            rest += later
             is_end = self._reader.is_complete
         else:
             if len(piece) > self._missing:

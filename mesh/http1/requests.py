@@ -1,9 +1,10 @@
 """Requests of one connection, read by httptools. Everything that two servers could read differently is refused.
 
     feed_head(head) ──> Head            one whole head, up to its empty line
-    feed_body(data) ──> pieces          of a chunked body, until `is_complete`
+    feed_body(data) ──> piece, rest     of a chunked body, until `is_complete`
 
-Clients repeat their heads: each is read once, then looked up. A body with a length needs no reading.
+Clients repeat their heads: each is read once, then looked up. A body with a length needs no reading. httptools reads a
+pipelined request as well, and does not say where: it gets a chunked body up to an empty line at a time, as one ends it.
 
 httptools itself refuses (400): Content-Length twice, with Transfer-Encoding, or no number; bad sizes of chunks;
 obs-fold; NUL, CR or LF within a line; lines that end with LF alone; spaces before a colon.
@@ -20,11 +21,18 @@ from mesh.h2.headers import LIST_BYTES, LIST_FIELDS, Block
 
 _ENTRY_BYTES = 32
 
+# httptools refuses methods that it does not know, and applications say which ones a path has: it gets another one.
+_METHOD, _READ_METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}"), b"POST "
+
 # httptools drops the body of a request with this header: it would be read as the next request.
 _UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
 
 # Bytes of a chunked body beside its data: sizes of chunks, their extensions, trailers. One byte in a chunk takes five.
 _FRAMING_BYTES, _FRAMING_RATIO = 64 << 10, 8
+
+_EMPTY_LINE = b"\r\n\r\n"
+# Empty lines of a chunked body up to which it is read at once: 2 ms.
+_MAX_FEEDS = 3_000
 
 
 class BadRequest(Exception):
@@ -69,12 +77,14 @@ class RequestReader:
         self._begin()
 
     def _begin(self) -> None:
-        self._url = b""
+        self._method = self._url = b""
         self._fields: list[tuple[bytes, bytes]] = []
         self._list_bytes = 0
         self._messages = 0
         self._pieces: list[bytes] = []
         self._framing = self._received = 0
+        # Bytes of the body that were read last: an empty line may have begun in them.
+        self._last = b""
         self._has_head = self._keeps_alive = False
         self.is_complete = False
         """True when the whole body of the last chunked request has arrived."""
@@ -120,8 +130,13 @@ class RequestReader:
             raise _too_long()
         if self._messages:
             self._begin()
+        self._method, _, rest = head.partition(b" ")
+        if not _METHOD.fullmatch(self._method):
+            raise BadRequest(400, "the request is malformed: expected a method and a space")
+        if self._method == b"CONNECT":
+            raise BadRequest(501, "this server is no proxy")
         # An upgrade is not made (RFC 9110, section 7.8): the request is served as it is.
-        self._feed(_UPGRADE.sub(b"", head))
+        self._feed(_READ_METHOD + _UPGRADE.sub(b"", rest))
         if self._messages > 1 or not self._has_head:
             raise BadRequest(400, "the request is malformed: its head ends where it should not")
         found = self._head()
@@ -131,39 +146,45 @@ class RequestReader:
             _known[head] = found
         return found
 
-    def feed_body(self, data: bytes) -> bytes:
-        """Return the part of a chunked body in `data`. Raises BadRequest for bytes that are no part of this request."""
-        self._feed(data)
+    def feed_body(self, data: bytes) -> tuple[bytes, bytes]:
+        """Read a chunked body on. Return its part in `data`, and the rest of `data`, which is not read yet.
+
+        After the end of the body, the rest is of later requests. Raises BadRequest for what is no chunk.
+        """
+        known = self._last + data
+        at = begun = len(self._last)
+        searched = 0
+        for _ in range(_MAX_FEEDS):
+            found = known.find(_EMPTY_LINE, searched)
+            end = searched = found + len(_EMPTY_LINE) if found >= 0 else len(known)
+            self._feed(known[at:end])
+            at = end
+            if self.is_complete or at == len(known):
+                break
         if self._messages > 1:
             raise BadRequest(400, "another request follows in the chunks of this one")
+        self._last = known[max(at - len(_EMPTY_LINE) + 1, 0) : at]
         pieces = self._pieces
         piece = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         pieces.clear()
         self._received += len(piece)
-        self._framing += len(data) - len(piece)
+        self._framing += at - begun - len(piece)
         if self._framing > _FRAMING_BYTES + _FRAMING_RATIO * self._received:
             raise BadRequest(400, "the body has too much around its chunks: send larger ones")
-        return piece
+        return piece, known[at:]
 
     def _feed(self, data: bytes) -> None:
         try:
             self._parser.feed_data(data)
-        # CONNECT, which is refused with its head.
-        except httptools.HttpParserUpgrade:
-            pass
-        except httptools.HttpParserInvalidMethodError as err:
-            raise BadRequest(501, "this method is not supported") from err
         except httptools.HttpParserError as err:
             raise BadRequest(400, f"the request is malformed: {err}") from err
 
     def _head(self) -> Head:
         if self._list_bytes > LIST_BYTES:
             raise _too_long()
-        method, version = self._parser.get_method(), self._parser.get_http_version()
+        method, version = self._method, self._parser.get_http_version()
         if version not in ("1.1", "1.0"):
             raise BadRequest(505, "this server speaks HTTP/1.1 and HTTP/2")
-        if method == b"CONNECT":
-            raise BadRequest(501, "this server is no proxy")
         names = [name for name, _ in self._fields]
         if names.count(b"host") != 1 and (version == "1.1" or b"host" in names):
             raise BadRequest(400, "expected one header Host")

@@ -7,6 +7,7 @@ Format: https://github.com/triton-inference-server/server/blob/main/docs/protoco
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,9 @@ from shoal.oip.limits import MAX_DIMS, MAX_PARAMETERS, MAX_TENSORS
 from shoal.oip.tensors import count_elements
 
 _BINARY_SIZE, _BINARY_DATA, _BINARY_OUTPUT = "binary_data_size", "binary_data", "binary_data_output"
+_CLASSIFICATION = "classification"
+# The name of a member, as the gateway's script finds it (mesh.xds.listeners).
+_SEQUENCE, _SEQUENCE_MEMBER = b'"sequence_id"', re.compile(rb'"sequence_id"\s*:')
 _MAX_INT64, _MAX_UINT64 = (1 << 63) - 1, (1 << 64) - 1
 _MAX_CHOICE = "It should be either 'int', 'bool', 'double' or 'string'."
 
@@ -99,7 +103,7 @@ def _input(given: Mapping[str, Any]) -> tuple[pb.ModelInferRequest.InferInputTen
     if datatype not in BY_NAME:
         raise InvalidArgument(f"invalid datatype for input {quoted(name)}: {quoted(datatype)}")
     tensor = pb.ModelInferRequest.InferInputTensor(name=name, datatype=datatype, shape=shape)
-    parameters = dict(member(given, "parameters", dict, {}))
+    parameters = _parameters(given)
     size = member(parameters, _BINARY_SIZE, int)
     parameters.pop(_BINARY_SIZE, None)
     set_parameters(tensor.parameters, parameters)
@@ -114,6 +118,11 @@ def _input(given: Mapping[str, Any]) -> tuple[pb.ModelInferRequest.InferInputTen
     if data is not None and type(data) is not list:
         raise InvalidArgument(f"Unable to parse 'data': input {quoted(name)} needs a list")
     return tensor, data, size
+
+
+def _parameters(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a tensor. As in Triton, null is none."""
+    return {} if given.get("parameters") is None else dict(member(given, "parameters", dict))
 
 
 def _required(given: Mapping[str, Any], name: str, kind: type) -> Any:
@@ -134,12 +143,25 @@ async def _values(tensor: pb.ModelInferRequest.InferInputTensor, data: list[Any]
 
 def _add_output(message: pb.ModelInferRequest, given: Mapping[str, Any], wanted: Wanted) -> None:
     name = _required(given, "name", str)
-    parameters = dict(member(given, "parameters", dict, {}))
+    parameters = _parameters(given)
     binary = member(parameters, _BINARY_DATA, bool)
     parameters.pop(_BINARY_DATA, None)
+    # As in Triton, over REST only: no classification is wanted.
+    if type(classes := parameters.get(_CLASSIFICATION)) is int and not classes:
+        del parameters[_CLASSIFICATION]
     if binary is not None:
         wanted.by_name[name] = binary
     set_parameters(message.outputs.add(name=name).parameters, parameters)
+
+
+def check_sequence(message: pb.ModelInferRequest, text: bytes) -> None:
+    """Raise InvalidArgument when a step has `sequence_id` more than once in its JSON.
+
+    The gateway chooses the instance by the first, and a parser takes the last: steps would miss their sequence.
+    """
+    is_step = "sequence_id" in message.parameters
+    if is_step and text.count(_SEQUENCE) > 1 and len(_SEQUENCE_MEMBER.findall(text)) > 1:
+        raise InvalidArgument("the JSON of the request has 'sequence_id' more than once: send it once")
 
 
 def set_parameters(to: Any, given: Mapping[str, Any]) -> None:

@@ -70,11 +70,13 @@ _FROM_ADS: dict[str, Any] = {"ads": {}, "resource_api_version": "V3", "initial_f
 
 # The extraction holds a call until its message is whole, and rejects a body without a message. The script answers calls
 # that end with their headers. It marks streams whose body ends without a byte: `respond` fails there, as the headers
-# have passed, and the local reply of the extraction becomes OK.
+# have passed, and the local reply of the extraction becomes OK. Calls that are not gRPC pass the extraction, too: the
+# status of gRPC within a 200 would tell them that all is well.
 _BODY_LUA = """
 local STREAMS = {%(streams)s}
 
 function envoy_on_request(handle)
+  if string.sub(handle:headers():get("content-type") or "", 1, 16) ~= "application/grpc" then return end
   for chunk in handle:bodyChunks() do
     if chunk:length() > 0 then return end
   end

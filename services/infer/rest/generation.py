@@ -17,7 +17,7 @@ import orjson
 
 from mesh.rest import tensor_json
 from mesh.rest.call import Events, Reply, RestCall
-from mesh.rest.infer_request import set_parameters
+from mesh.rest.infer_request import check_sequence, set_parameters
 from mesh.rest.json_text import as_object, member
 from mesh.rest.target import Target
 from services.infer.core import InferenceServer
@@ -85,7 +85,9 @@ async def _read(server: InferenceServer, call: RestCall) -> tuple[pb.ModelInferR
     version = server.models.find(target.model, target.version)
     call.slow_s = version.slow_ns / 1e9
     async with call.parsed(body) as document:
-        return await _message(as_object(document, "the request"), version.loaded.model.signature, target), len(body)
+        message = await _message(as_object(document, "the request"), version.loaded.model.signature, target)
+    check_sequence(message, body)
+    return message, len(body)
 
 
 async def _message(document: Mapping[str, Any], signature: Signature, target: Target) -> pb.ModelInferRequest:

@@ -11,12 +11,13 @@ from typing import cast
 
 from mesh.h2.stream import SMALL_BODY
 from mesh.rest.call import Reply, RestCall, header_length
-from mesh.rest.infer_request import Wanted, read
+from mesh.rest.infer_request import Wanted, check_sequence, read
 from mesh.rest.json_text import as_object
 from mesh.rest.target import Target
 from services.infer.core import InferenceServer
 from services.infer.error_text import quoted
 from services.infer.fast_path.large_request import LARGE_BYTES, LargeRequest
+from services.infer.requests.signature import Signature
 from services.infer.rest.fast_infer import FastRestInfer
 from services.infer.rest.response import write
 from services.infer.scheduling.crash_guard import is_retry
@@ -28,14 +29,16 @@ async def infer(server: InferenceServer, fast: FastRestInfer, call: RestCall) ->
     """Run one inference. `fast` learns from it."""
     body = await call.body()
     length = header_length(call.headers, len(body))
+    version = server.models.find(call.target.model, call.target.version)
+    # Before the request is read, as in Triton.
+    if version.decoupled is not None:
+        raise Unimplemented("HTTP end point doesn't support models with decoupled transaction policy")
+    call.slow_s = version.slow_ns / 1e9
     wanted = Wanted()
     if length == 0:
-        message, wanted.all_binary = _raw_request(server, call.target, body), True
+        message, wanted.all_binary = _raw_request(version.loaded.model.signature, call.target, body), True
     else:
         message = await _message(call, body, len(body) if length is None else length, wanted)
-    if server.is_decoupled(message):
-        raise Unimplemented("HTTP end point doesn't support models with decoupled transaction policy")
-    call.slow_s = server.models.find(call.target.model, call.target.version).slow_ns / 1e9
     response = await server.infer(
         message,
         call.deadline,
@@ -57,6 +60,7 @@ async def _message(call: RestCall, body: bytes, length: int, wanted: Wanted) -> 
     rest = memoryview(body)[length:]
     async with call.parsed(text) as document:
         message, raw = await read(as_object(document, "the request"), rest, call.target, wanted)
+    check_sequence(message, text)
     if len(rest) > LARGE_BYTES:
         return cast("pb.ModelInferRequest", LargeRequest(message, cast("Sequence[memoryview]", raw)))
     if len(body) > SMALL_BODY:
@@ -65,9 +69,8 @@ async def _message(call: RestCall, body: bytes, length: int, wanted: Wanted) -> 
     return message
 
 
-def _raw_request(server: InferenceServer, target: Target, body: bytes) -> pb.ModelInferRequest:
+def _raw_request(signature: Signature, target: Target, body: bytes) -> pb.ModelInferRequest:
     """Return the message of a body without JSON: it is the only input of the model, one row of it."""
-    signature = server.models.find(target.model, target.version).loaded.model.signature
     if len(signature.inputs) != 1:
         raise InvalidArgument(
             f"Raw request must only have 1 input (found {len(signature.inputs)}) to be deduced but got "

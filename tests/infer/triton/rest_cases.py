@@ -83,6 +83,7 @@ def _paths() -> Iterator[RestCase]:
     yield RestCase("method: GET of infer", "GET", "/v2/models/double/infer")
     yield RestCase("method: PUT of infer", "PUT", "/v2/models/double/infer", b"{}")
     yield RestCase("method: GET of the index", "GET", "/v2/repository/index")
+    yield RestCase("method: FOO of infer", "FOO", "/v2/models/double/infer", b"{}")
     yield RestCase("name, percent-encoded", "GET", "/v2/models/dou%62le/ready")
 
 
@@ -144,6 +145,15 @@ def _json() -> Iterator[RestCase]:
     yield _infer("parameter is a list", {"parameters": {"a": [1]}, "inputs": [_tensor()]})
     yield _infer("parameter is reserved", {"parameters": {"triton_x": 1}, "inputs": [_tensor()]})
     yield _infer("timeout is text", {"parameters": {"timeout": "a"}, "inputs": [_tensor()]})
+    yield _infer("input: parameters are null", {"inputs": [_tensor(parameters=None)]})
+    good = json.dumps({"inputs": [_tensor()]}).encode()
+    yield _infer("json: a member twice", good.replace(b'"data": [', b'"data": [5, 6, 7, 8], "data": ['))
+    sequence = b'{"parameters": {"sequence_id": 1, "sequence_id": 2, "sequence_start": true}, '
+    step = _tensor(shape=[1, 1], data=[1])
+    yield _infer("json: sequence_id twice", sequence + json.dumps({"inputs": [step]}).encode()[1:], "steps")
+    yield _infer("json: a byte order mark", b"\xef\xbb\xbf" + good)
+    yield _infer("json: nested 5,000 deep", b'{"a": ' + b"[" * 5_000 + b"]" * 5_000 + b", " + good[1:])
+    yield _infer("json: malformed, of a decoupled model", b"{", "repeat")
 
 
 _VALUES = {"BOOL": [True, False], "FP32": [0.1, -2.5e-38], "FP64": [0.1, 1e300], "BYTES": ["a", 'é中\n"\\']}
@@ -179,6 +189,8 @@ def _values() -> Iterator[RestCase]:
         b'{"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [NaN, Infinity, -Infinity, 1e39]}]}'
     )
     yield _infer("FP32 as JSON, special values", special)
+    for number in ("Inf", "-NaN"):
+        yield _infer(f"FP32 as JSON, {number}", special.replace(b"-Infinity", number.encode()))
     yield _infer("data nested unevenly", {"inputs": [_tensor(data=[[1, 2], [3], 4])]})
     yield _infer("data nested otherwise than the shape", {"inputs": [_tensor(data=[[1, 2], [3, 4]])]})
     yield _infer("data nested deeper than the shape", {"inputs": [_tensor(data=[[[1, 2], [3, 4]]])]})
@@ -206,6 +218,8 @@ def _outputs() -> Iterator[RestCase]:
     yield wanted(
         "classes, binary", {"name": "y", "parameters": {"classification": 2, "binary_data": True}}, model="classes"
     )
+    yield wanted("classes: none", {"name": "y", "parameters": {"classification": 0}}, model="classes")
+    yield wanted("parameters are null", {"name": "y", "parameters": None})
     yield wanted("classes is text", {"name": "y", "parameters": {"classification": "2"}}, model="classes")
     yield _binary_case("output: FP16 as JSON", "same_fp16", "FP16", [1, 2], b"\0\x3c\0\x40")
 
@@ -240,6 +254,7 @@ def _binary() -> Iterator[RestCase]:
     yield _binary_case("binary FP16", "same_fp16", "FP16", [1, 2], b"\0\x3c\0\x40", **every_output)
     texts = struct.pack("<I", 1) + b"a" + struct.pack("<I", 2) + b"\xff\xfe"
     yield _binary_case("binary BYTES", "same_bytes", "BYTES", [1, 2], texts, **every_output)
+    yield _binary_case("output: BYTES that are not UTF-8, as JSON", "same_bytes", "BYTES", [1, 2], texts)
     yield _binary_case("binary: a byte short", "double", "FP32", [1, 4], floats[:-1])
     yield _binary_case("binary: a byte over", "double", "FP32", [1, 4], floats + b"\0", size=16)
     yield _binary_case("binary: size beyond the end", "double", "FP32", [1, 4], floats, size=32)
@@ -253,6 +268,13 @@ def _binary() -> Iterator[RestCase]:
     yield RestCase(
         "raw request of two inputs", "POST", "/v2/models/add/infer", floats, {"Inference-Header-Content-Length": "0"}
     )
+    yield RestCase(
+        "raw request of a decoupled model",
+        "POST",
+        "/v2/models/repeat/infer",
+        floats,
+        {"Inference-Header-Content-Length": "0"},
+    )
 
 
 def _compressed() -> Iterator[RestCase]:
@@ -264,6 +286,14 @@ def _compressed() -> Iterator[RestCase]:
         "br": body,
     }.items():
         yield _infer(f"compressed by {encoding}", sent, **{"Content-Encoding": encoding})
+    packed = gzip.compress(body)
+    yield _infer("compressed by GZIP in capitals", packed, **{"Content-Encoding": "GZIP"})
+    for name, sent in {
+        "cut off": packed[:-9],
+        "a wrong checksum": packed[:-8] + bytes(8),
+        "bytes behind it": packed + b"junk",
+    }.items():
+        yield _infer(f"compressed by gzip, {name}", sent, **{"Content-Encoding": "gzip"})
     yield _infer("compressed, but is not", body, **{"Content-Encoding": "gzip"})
     for encoding in ("gzip", "deflate", "br", "gzip, deflate"):
         yield _infer(f"accepts {encoding}", body, **{"Accept-Encoding": encoding})

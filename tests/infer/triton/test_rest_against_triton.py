@@ -57,7 +57,8 @@ def see(address: str, case: RestCase) -> Seen:
 
 def plain(text: bytes) -> Any:
     """Return JSON without what is each server's own: the order of members, and of rows of an index."""
-    found = json.loads(text, parse_float=rounded, parse_constant=str)
+    # Triton writes BYTES as they are.
+    found = json.loads(text.decode(errors="surrogateescape"), parse_float=rounded, parse_constant=str)
     if isinstance(found, list):
         return sorted(found, key=lambda row: (row["name"], row["version"]))
     for name in ("sequence_id", "sequence_start", "sequence_end"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -69,11 +69,13 @@ class App:
     def __init__(self) -> None:
         self.disconnects = 0
         self.paths: list[str] = []
+        self.methods: list[str] = []
         self.waiting: list[ServerStream] = []
         self.tasks: set[asyncio.Task[None]] = set()
 
     def request(self, stream: ServerStream) -> RequestHandler:
         self.paths.append(stream.head.path)
+        self.methods.append(stream.head.method)
         match stream.head.path:
             case "/wait":
                 return Waiting(self, stream)
@@ -330,6 +332,8 @@ REFUSED = {
     "NUL in the path": (400, b"GET /a\0b HTTP/1.1\r\nHost: a\r\n\r\n"),
     "CR in a value": (400, HOST + b"X: a\rb\r\n\r\n"),
     "lines that end with LF": (400, b"GET /x HTTP/1.1\nHost: a\n\n\r\n\r\n"),
+    "a head whose lines end with LF, and nothing behind it": (400, b"GET /x HTTP/1.1\nHost: a\n\n"),
+    "one line that ends with LF": (400, b"GET /x HTTP/1.1\r\nHost: a\nX: y"),
     "a head that ends with LF, and a request behind it": (
         400,
         b"GET /x HTTP/1.1\r\nHost: a\r\n\nGET /hidden HTTP/1.1\r\nHost: a\r\n\r\n",
@@ -343,7 +347,12 @@ REFUSED = {
     "a chunk longer than its size": (400, CHUNKED + b"5\r\nhelloXX\r\n0\r\n\r\n"),
     "LF in a chunk's extension": (400, CHUNKED + b"5;a=\nb\r\nhello\r\n0\r\n\r\n"),
     "a length among the trailers": (400, CHUNKED + b"0\r\nContent-Length: 1\r\n\r\n"),
-    "a request behind the chunks": (400, CHUNKED + b"0\r\n\r\nGET /hidden HTTP/1.1\r\nHost: a\r\n\r\n"),
+    "a request behind the size of the last chunk": (400, CHUNKED + b"0\r\nGET /hidden HTTP/1.1\r\nHost: a\r\n\r\n"),
+    "a request behind an LF": (400, CHUNKED + b"0\r\n\nGET /hidden HTTP/1.1\r\nHost: a\r\n\r\n"),
+    "a request within a chunk that is too short": (
+        400,
+        CHUNKED + b"4\r\n\r\n\r\nGET /hidden HTTP/1.1\r\nHost: a\r\n\r\n",
+    ),
     "extensions without end": (400, CHUNKED + b"1;" + b"a" * 200_000 + b"\r\n"),
     "no Host": (400, b"GET /x HTTP/1.1\r\n\r\n"),
     "two Hosts": (400, b"GET /x HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"),
@@ -353,7 +362,10 @@ REFUSED = {
     "a proxy's request": (501, b"CONNECT h:1 HTTP/1.1\r\nHost: a\r\n\r\n"),
     "a fragment": (400, b"GET /x#y HTTP/1.1\r\nHost: a\r\n\r\n"),
     "a byte above ASCII": (400, b"GET /\xff HTTP/1.1\r\nHost: a\r\n\r\n"),
-    "an unknown method": (501, b"FOO /x HTTP/1.1\r\nHost: a\r\n\r\n"),
+    "a method that is no token": (400, b"F(O /x HTTP/1.1\r\nHost: a\r\n\r\n"),
+    "a method above ASCII": (400, b"F\xff /x HTTP/1.1\r\nHost: a\r\n\r\n"),
+    "no method": (400, b"NONSENSE\r\n\r\n"),
+    "a method without end": (400, b"F" * 100 + b" /x HTTP/1.1\r\nHost: a\r\n\r\n"),
     "an unknown expectation": (417, HOST + b"Content-Length: 1\r\nExpect: a miracle\r\n\r\n"),
     "TLS": (400, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"),
     "too many headers": (431, HOST + b"X: y\r\n" * (LIST_FIELDS + 1) + b"\r\n"),
@@ -438,6 +450,86 @@ async def test_many_chunks_are_read_in_turns() -> None:
     transport.abort()
     await asyncio.sleep(0)
     assert not memory.bodies.held
+
+
+PIPELINED = (
+    CHUNKED + b"5;x=y\r\nhello\r\n1\r\n \r\n5\r\nworld\r\n0\r\nX: y\r\nZ:\r\n\r\n",
+    CHUNKED + b"0\r\n\r\n",
+    b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n",
+    CHUNKED + b"b\r\n\r\n\r\n0\r\n\r\n\r\n\r\n2\r\n\r\n\r\n00;a\r\n\r\n",
+    HOST + b"Content-Length: 4\r\n\r\n\r\n\r\n",
+    b"\r\n" + CHUNKED + b"6\r\n\r\n\r\n\r\n\r\n0\r\n\r\n",
+)
+PIPELINED_BODIES = [b"hello world", b"", b"", b"\r\n\r\n0\r\n\r\n\r\n\r\n", b"\r\n\r\n", b"\r\n\r\n\r\n"]
+
+
+def cuts(data: bytes) -> Iterator[list[bytes]]:
+    """Return the data as it may arrive: in one piece, cut at each byte, and byte by byte."""
+    yield [data]
+    yield from ([data[:at], data[at:]] for at in range(1, len(data)))
+    yield [bytes([byte]) for byte in data]
+
+
+async def test_requests_of_all_kinds_may_be_pipelined_and_arrive_in_any_pieces() -> None:
+    for pieces in cuts(b"".join(PIPELINED)):
+        app = App()
+        connection, transport = connected(Memory(), app)
+        for piece in pieces:
+            connection.data_received(piece)
+        await until(lambda app=app, connection=connection: len(app.paths) == 6 and connection.is_idle, every_s=0)
+        expected = [b"".join((http1.encode_head(200, whole(body)), b"\r\n", body)) for body in PIPELINED_BODIES]
+        assert bytes(transport.written) == b"".join(expected), pieces
+        transport.abort()
+
+
+async def test_malformed_chunks_are_refused_however_they_arrive() -> None:
+    malformed = {case: request for case, (_, request) in REFUSED.items() if request.startswith(CHUNKED)}
+    for case, request in malformed.items():
+        if len(request) > 1_000:
+            continue
+        for pieces in cuts(CHUNKED + b"1\r\na\r\n0\r\n\r\n" + request):
+            app = App()
+            connection, transport = connected(Memory(), app)
+            for piece in pieces:
+                connection.data_received(piece)
+            await until(lambda transport=transport: b"HTTP/1.1 400 " in transport.written, every_s=0)
+            assert app.paths == ["/echo"] * 2, (case, pieces)
+            assert transport.written.count(b"HTTP/1.1 200 ") == 1, (case, pieces)
+            transport.abort()
+
+
+async def test_lines_that_end_with_lf_are_refused_however_they_arrive() -> None:
+    for pieces in cuts(b"GET /x HTTP/1.1\r\nHost: a\nX: y\n\n"):
+        app = App()
+        connection, transport = connected(Memory(), app)
+        for piece in pieces:
+            connection.data_received(piece)
+        assert transport.written.startswith(b"HTTP/1.1 400 "), pieces
+        assert not app.paths
+        transport.abort()
+
+
+async def test_a_chunk_of_empty_lines_is_read_in_turns() -> None:
+    memory, app = Memory(), App()
+    connection, transport = connected(memory, app)
+    body = b"\r\n\r\n" * 20_000
+    connection.data_received(
+        CHUNKED + b"%x\r\n" % len(body) + body + b"\r\n0\r\n\r\n" + b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n"
+    )
+    turns = 0
+    while transport.written.count(b"HTTP/1.1 200 ") < 2:
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns > 5
+    assert body in transport.written
+    transport.abort()
+
+
+async def test_the_application_refuses_methods(served: Served) -> None:
+    async with served.client() as client:
+        for method in ("FOO", "get", "DESCRIBE", "M-SEARCH"):
+            assert (await client.request(method, "/x", b"body")).body == b"body"
+    assert served.app.methods == ["FOO", "get", "DESCRIBE", "M-SEARCH"]
 
 
 async def test_a_fault_of_the_application_closes_its_connection_alone(served: Served) -> None:

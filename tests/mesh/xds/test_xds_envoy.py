@@ -38,7 +38,7 @@ from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
 from shoal.node.envoy_overload import DEFAULT_HEAP_MB
 from shoal.node.probes import health
 from tests.breakable import EnvoyProcess, Process, until
-from tests.http2 import INFER, Connection, framed
+from tests.http2 import INFER, Answer, Connection, framed
 from tests.long_form import by_form
 
 pytestmark = [pytest.mark.envoy, pytest.mark.asyncio(loop_scope="module")]
@@ -546,6 +546,44 @@ async def test_a_path_that_is_no_text_reaches_nobody(mesh: Mesh):
         assert answer.status in [status.value[0] for status in refused], answer
         assert replica.is_running()
         await mesh.infer("a")
+
+
+async def over_rest(mesh: Mesh, method: str, path: str, body: bytes | None) -> tuple[int | None, int | None]:
+    """Make a call that is none of gRPC; return its status of HTTP, and the status of gRPC if it has one."""
+    change = {":method": method, ":path": path.encode("latin-1"), "te": None, "content-type": None}
+
+    def whole() -> Answer:
+        with Connection(mesh.envoy.gateway) as connection:
+            stream = connection.open(change=change, has_body=body is not None)
+            connection.send(stream, body or b"", end=body is not None)
+            return connection.answer(stream)
+
+    answer = await asyncio.to_thread(whole)
+    return answer.http_status, answer.status
+
+
+@pytest.mark.parametrize("body", [None, b"", b"{}"])
+async def test_a_path_over_rest_that_is_no_text_is_not_found(mesh: Mesh, body: bytes | None):
+    await mesh.replica(0)
+    await mesh.replica(1)
+    await mesh.show(mesh.instance(0, "a"), mesh.instance(1, "b"))
+    for method, path in (
+        ("GET", "/v2/health/ready?\xff"),
+        ("HEAD", "/v2/health/ready?\xff"),
+        ("GET", "/v2/models/\xe9"),
+        ("POST", "/v2/models/\xe9/infer"),
+        ("DELETE", "/shoal/v1/models/\xff"),
+    ):
+        assert await over_rest(mesh, method, path, body) == (404, None), (method, path)
+
+
+@pytest.mark.parametrize("body", [None, b"", b"{}"])
+async def test_a_call_of_a_grpc_path_that_is_not_grpc_gets_no_good_response(mesh: Mesh, body: bytes | None):
+    await mesh.replica(0)
+    await mesh.replica(1)
+    await mesh.show(mesh.instance(0, "a"), mesh.instance(1, "b"))
+    status, _ = await over_rest(mesh, "POST", INFER, body)
+    assert status in (404, 415)
 
 
 async def test_a_caller_who_gives_up_often_keeps_the_connection(mesh: Mesh):
