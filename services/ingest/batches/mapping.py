@@ -179,18 +179,30 @@ def kept_arrays(requested: RequestedColumns, piece: Piece) -> tuple[dict[str, An
 
 def _array(field: Any, values: Any, errors: dict[int, str]) -> Any:
     values = values.tolist() if isinstance(values, np.ndarray) and values.dtype.kind in "SU" else values
-    try:
-        return pa.array(values, field.type)
-    except (pa.ArrowException, TypeError, ValueError, OverflowError):
-        pass
+    if not isinstance(values, list) or not any(_has_fraction(value, field.type) for value in values):
+        try:
+            return pa.array(values, field.type)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError):
+            pass
     scalars: list[Any] = []
     for row, value in enumerate(values):
         try:
+            if _has_fraction(value, field.type):
+                raise ValueError("Arrow would cut it off")
             scalars.append(pa.scalar(value, field.type))
         except (pa.ArrowException, TypeError, ValueError, OverflowError):
             errors[row] = f"column {field.name!r}: {str(value)[:80]!r} is not {field.type}, as the first rows are"
             scalars.append(pa.scalar(None, field.type))
     return pa.array(scalars, field.type)
+
+
+def _has_fraction(value: Any, kind: Any) -> bool:
+    """Return True when `value` has a fraction, and `kind` has integers: Arrow takes 1.5 as 1."""
+    if pa.types.is_integer(kind):
+        return isinstance(value, float | np.floating) and not value.is_integer()
+    if pa.types.is_list(kind) and isinstance(value, list | np.ndarray):
+        return any(_has_fraction(element, kind.value_type) for element in value)
+    return False
 
 
 def _decoded(array: Any) -> Any:

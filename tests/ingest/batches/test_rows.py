@@ -316,7 +316,8 @@ def test_lines_are_refused_when_none_of_the_first_is_fit(tmp_path: Path) -> None
 
 def test_kept_columns_have_the_types_of_the_first_file(tmp_path: Path) -> None:
     rows = [{"x": 1, "i": 1, "f": 1.5, "s": "a", "m": [1], "b": True}, {"x": 1, "i": None, "f": 2, "s": "b", "m": "t"}]
-    url = write_lines(tmp_path / "a.jsonl", [*rows, {"x": 1, "i": "no", "f": 1, "s": "c"}])
+    others = [{"i": "no", "f": 1, "s": "c"}, {"i": 1.5}, {"i": True}, {"i": 2.0, "f": 2**60 + 1}, {"i": 3}]
+    url = write_lines(tmp_path / "a.jsonl", [*rows, *({"x": 1, **row} for row in others)])
     with locations().open(locations().stat(url)) as file:
         assert available_columns(Format.JSONL, file) == ["b", "f", "i", "m", "s", "x"]
         with pytest.raises(InvalidArgument, match="no column 'nope': there are"):
@@ -328,10 +329,11 @@ def test_kept_columns_have_the_types_of_the_first_file(tmp_path: Path) -> None:
     requested = RequestedColumns((), pa.ipc.read_schema(pa.BufferReader(schema.serialize())))
     reader = rows_of(Format.JSONL, locations().open(locations().stat(url)), requested.columns)
     arrays, errors = kept_arrays(requested, reader.read(10))
-    assert [*errors] == [2]
-    assert "is not int64" in errors[2]
-    assert arrays["m"].to_pylist() == ["[1]", '"t"', None]
-    assert arrays["i"].to_pylist() == [1, None, None]
+    assert sorted(errors) == [2, 3, 4, 5]
+    assert all("is not int64" in errors[row] for row in (2, 3, 4))
+    assert "is not double" in errors[5]
+    assert arrays["m"].to_pylist() == ["[1]", '"t"', *[None] * 5]
+    assert arrays["i"].to_pylist() == [1, None, None, None, None, 2, 3]
 
 
 COLUMNS = Columns(

@@ -58,7 +58,7 @@ async def until_usage(store: Store, expected: dict[str, tuple[int, int]]) -> Non
 
 
 async def quota(store: Store, most: int = 0, tenant: str | None = None, *, remove: bool = False) -> None:
-    await store.stub.SetQuota(pb.SetQuotaRequest(bytes=most, tenant=tenant, remove=remove))
+    await store.stub.SetQuota(pb.SetQuotaRequest(bytes=None if remove else most, tenant=tenant, remove=remove))
 
 
 async def test_results_are_counted_as_they_come(store: Store) -> None:
@@ -255,9 +255,12 @@ async def test_artifacts_are_added_up(store: Store) -> None:
 @pytest.mark.parametrize(
     ("request_", "word"),
     [
+        # Without either, every tenant would have a quota of 0.
+        (pb.SetQuotaRequest(), "bytes, remove: set one of them"),
+        (pb.SetQuotaRequest(bytes=1, remove=True), "bytes, remove: set one of them"),
         (pb.SetQuotaRequest(bytes=-1), "bytes"),
         (pb.SetQuotaRequest(bytes=(1 << 60) + 1), "bytes"),
-        (pb.SetQuotaRequest(tenant="t" * 1_025), "tenant"),
+        (pb.SetQuotaRequest(bytes=1, tenant="t" * 1_025), "tenant"),
         (pb.ListUsageRequest(page_size=-1), "page_size"),
         (pb.ListUsageRequest(page_size=1_001), "page_size"),
         (pb.ListUsageRequest(page_token="x"), "page_token"),
