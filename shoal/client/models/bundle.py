@@ -26,6 +26,8 @@ _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
 # Files of editors, file browsers, version control and Python: never part of a model.
 _IGNORED = re.compile(r"^(\..*|__pycache__|.*~|Thumbs\.db)$")
 # Files for weights that exceed the .onnx file (protobuf's limit is 2 GiB).
+# As in the registry.
+_LARGEST_VERSION = (1 << 63) - 1
 _EXTERNAL_DATA = (".data", "_data", ".weights")
 
 
@@ -89,6 +91,8 @@ def _external_data(path: Path) -> Iterator[Path]:
 
 def _read_folder(folder: Path, name: str, version: int | None) -> list[Bundle]:
     versions = sorted(int(child.name) for child in folder.iterdir() if _is_version(child))
+    if versions and versions[-1] > _LARGEST_VERSION:
+        raise InvalidArgument(f"{folder}/{versions[-1]}: a version is at most {_LARGEST_VERSION}")
     if not versions and configuration(folder).backend == "remote":
         common = [(f"../{relative_path}", file) for relative_path, file in _files(folder)]
         return [Bundle(name, version or 0, tuple(sorted(common)))]

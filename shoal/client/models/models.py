@@ -106,7 +106,7 @@ class AsyncModels:
         follow their models. `settled` receives each outcome when it is known.
 
         Raises:
-            InvalidArgument: `path` is no repository, or its ensembles contain each other.
+            InvalidArgument: `path` is no repository.
         """
         folders = repository.models_in(Path(path))
         if not folders:

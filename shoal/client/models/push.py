@@ -16,7 +16,7 @@ from shoal.client.models import bundle, readiness, repository, trial, upload
 from shoal.client.models.registry import ModelPush, Progress, Pushed, of_model
 from shoal.client.transport import methods
 from shoal.client.transport.calls import Caller
-from shoal.errors import FailedPrecondition, ShoalError
+from shoal.errors import FailedPrecondition, Internal, InvalidArgument, ShoalError
 from shoal.store.v1 import store_pb2 as store
 
 AT_ONCE = 8
@@ -58,8 +58,12 @@ class Push:
         slots = asyncio.Semaphore(AT_ONCE)
         pushing: dict[str, asyncio.Task[ModelPush]] = {}
 
+        circles = repository.circles(folders)
+
         async def push(folder: Path, members: Iterable[str]) -> ModelPush:
             try:
+                if folder.name in circles:
+                    raise InvalidArgument(f"ensembles contain each other: {circles[folder.name]}")
                 for member in [await pushing[member] for member in members]:
                     if member.error is not None:
                         raise FailedPrecondition(f"its model {member.name} was not pushed")
@@ -75,6 +79,11 @@ class Push:
                 outcome = ModelPush(
                     folder.name, error=FailedPrecondition(f"cannot read {err.filename}: {err.strerror}")
                 )
+            # A fault of one push must not cancel the others.
+            except Exception as err:
+                error = Internal(f"a fault of the client: {type(err).__name__}: {err}")
+                error.__cause__ = err
+                outcome = ModelPush(folder.name, error=error)
             settled(outcome)
             return outcome
 

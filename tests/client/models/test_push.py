@@ -11,6 +11,7 @@ import pytest
 
 import shoal
 from shoal.client import AsyncClient, Progress
+from shoal.client.models import bundle
 from shoal.client.models.readiness import Poll, ReadinessWait, VersionReadiness
 from shoal.client.models.upload import CHUNK_BYTES
 from shoal.client.transport import methods
@@ -317,7 +318,8 @@ async def test_a_repository_goes_on_after_a_bad_model(served: Served, kept: Stor
     folder_of(tmp_path, *"abcdefghijkl")
     (tmp_path / "empty" / "config.pbtxt").parent.mkdir()
     (tmp_path / "empty" / "config.pbtxt").touch()
-    for name, step in (("over", "b"), ("overover", "over"), ("good", "c")):
+    (tmp_path / "long" / "9999999999999999999").mkdir(parents=True)
+    for name, step in (("over", "b"), ("overover", "over"), ("good", "c"), ("circle", "circle"), ("around", "circle")):
         (tmp_path / name / "1").mkdir(parents=True)
         step = f'ensemble_scheduling {{ step {{ model_name: "{step}" }} }}'
         (tmp_path / name / "config.pbtxt").write_text(step)
@@ -327,18 +329,42 @@ async def test_a_repository_goes_on_after_a_bad_model(served: Served, kept: Stor
     async with client_of(served) as client:
         outcomes = await client.models.push_all(tmp_path, settled=lambda each: heard.append(each.name), wait=False)
         failed = {each.name: each.error.message for each in outcomes if each.error}
-        assert failed.keys() == {"b", "empty", "over", "overover"}
+        assert failed.keys() == {"b", "empty", "over", "overover", "long", "circle", "around"}
+        assert failed["circle"] == "ensembles contain each other: circle -> circle"
+        assert failed["around"] == "its model circle was not pushed"
+        assert failed["long"].endswith("long/9999999999999999999: a version is at most 9223372036854775807")
         assert failed["b"] == "b version 1 cannot be loaded: no luck"
         assert failed["over"] == "its model b was not pushed"
         assert (
             sorted(heard)
             == sorted(each.name for each in outcomes)
-            == sorted([*"abcdefghijkl", "empty", "over", "overover", "good"])
+            == sorted([*"abcdefghijkl", "empty", "over", "overover", "good", "long", "circle", "around"])
         )
         assert {model.name for model in kept.models} == {*"acdefghijkl", "good"}
         kept.trials["b"] = ["no luck"]
-        with pytest.raises(FailedPrecondition, match=r"4 of 16 models were not pushed: .*b: b version 1 cannot be"):
+        with pytest.raises(InvalidArgument, match=r"7 of 19 models were not pushed: .*b: b version 1 cannot be"):
             await client.models.push(tmp_path, wait=False)
+
+
+async def test_a_fault_of_one_push_cancels_no_other(
+    served: Served, kept: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder_of(tmp_path, *"ab")
+    read = bundle.read
+
+    def faulty(path: Path, **options: Any) -> Any:
+        if path.name == "a":
+            raise ValueError("no luck")
+        return read(path, **options)
+
+    monkeypatch.setattr(bundle, "read", faulty)
+    listing(served, [instance("local/infer-0")])
+    async with client_of(served) as client:
+        outcomes = await client.models.push_all(tmp_path, wait=False)
+    assert {each.name: str(each.error or "") for each in outcomes} == {
+        "a": "a fault of the client: ValueError: no luck",
+        "b": "",
+    }
 
 
 async def test_models_of_a_repository_are_pushed_at_the_same_time(served: Served, kept: Store, tmp_path: Path) -> None:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-from shoal.client.models.repository import models_in
-from shoal.errors import InvalidArgument
+from shoal.client.models.repository import circles, models_in
 
 
 def model(root: Path, name: str, config: str | None = None) -> None:
@@ -53,8 +50,16 @@ def test_paths_that_are_no_repository(tmp_path: Path) -> None:
     assert names(tmp_path / "nothing") == []
 
 
-def test_ensembles_that_contain_each_other_are_an_error(tmp_path: Path) -> None:
-    model(tmp_path, "a", ensemble("b"))
+def test_ensembles_that_contain_each_other_are_told_apart(tmp_path: Path) -> None:
+    model(tmp_path, "a", ensemble("b", "m"))
     model(tmp_path, "b", ensemble("a"))
-    with pytest.raises(InvalidArgument, match=r"contain each other: (a -> b -> a|b -> a -> b)"):
-        names(tmp_path)
+    model(tmp_path, "itself", ensemble("itself"))
+    model(tmp_path, "m")
+    model(tmp_path, "user", ensemble("a", "later"))
+    model(tmp_path, "later", ensemble("m"))
+    order = names(tmp_path)
+    assert sorted(order[:3]) == ["a", "b", "itself"]
+    assert order[3:] == ["m", "later", "user"]
+    found = circles(models_in(tmp_path))
+    assert found.pop("itself") == "itself -> itself"
+    assert found in ({"a": circle, "b": circle} for circle in ("a -> b -> a", "b -> a -> b"))
