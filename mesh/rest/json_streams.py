@@ -8,6 +8,7 @@ Envoy's transcoder would lose an error in the middle of a stream, and names no u
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from functools import partial
@@ -26,6 +27,9 @@ from shoal.errors import Code, InvalidArgument, quoted
 
 _NDJSON, _EVENTS = b"application/x-ndjson", b"text/event-stream"
 
+# Not with a weight of 0 (RFC 9110, section 12.4.2).
+_WANTS_EVENTS = re.compile(rb"text/event-stream(?![^,]*;\s*q=0(\.0*)?\s*(,|;|$))", re.IGNORECASE)
+
 MAX_FIELDS = 1_100
 """Fields of a query: a filter has at most 1,000 ids of jobs."""
 
@@ -35,7 +39,7 @@ class JsonStream(RestCall):
 
     @property
     def _has_events(self) -> bool:
-        return _EVENTS in self.headers.get(b"accept", b"").lower()
+        return _WANTS_EVENTS.search(self.headers.get(b"accept", b"")) is not None
 
     @property
     def heartbeat(self) -> bytes:  # type: ignore[override] # Constant in the other calls.

@@ -361,6 +361,11 @@ class Policy(_Part):
     @classmethod
     def _distinct_issuers(cls, issuers: tuple[Issuer, ...]) -> tuple[Issuer, ...]:
         _check_distinct([issuer.issuer for issuer in issuers], "issuer")
+        # Each signer of a cluster is an issuer of its own, with such a name.
+        for own in (issuer.issuer for issuer in issuers if issuer.cluster):
+            for other in issuers:
+                if other.issuer.startswith(f"{own}:"):
+                    raise ValueError(f"issuer '{other.issuer}': names that begin with '{own}:' are the cluster's own")
         return issuers
 
     @field_validator("grants")

@@ -66,6 +66,7 @@ def add(
         token, token_file = sys.stdin.read().strip(), ""
         if not token:
             raise InvalidArgument("--token-file -: standard input is empty")
+        contexts.check_token(token, "--token-file -: standard input")
     elif token_file:
         token_file = str(Path(token_file).expanduser().absolute())
         contexts.read_token(Path(token_file))

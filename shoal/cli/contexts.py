@@ -148,6 +148,12 @@ def chosen(gateway: str | None, environ: Mapping[str, str]) -> Context | None:
     return contexts.contexts.get(contexts.current)
 
 
+def check_token(token: str, source: str) -> None:
+    """Raise InvalidArgument, without the token, when no header carries it."""
+    if not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise InvalidArgument(f"{source} has characters that no header carries: expected one token, without spaces")
+
+
 def read_token(file: Path) -> str:
     """Return the token in a file.
 
@@ -164,4 +170,5 @@ def read_token(file: Path) -> str:
         raise InvalidArgument(f"other users can read the token file {file} (mode {mode:04o}): chmod 600 {file}")
     if not text:
         raise InvalidArgument(f"the token file {file} is empty")
+    check_token(text, f"the token file {file}")
     return text

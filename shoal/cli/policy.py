@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", add_completion=False)
 
+_LARGEST = (1 << 32) - 1
+_VERSIONS: Any = {"min": 0, "max": _LARGEST}
 _File = Annotated[Path, typer.Argument(metavar="FILE", help="The policy.")]
 
 
@@ -193,7 +195,10 @@ _Force = Annotated[
 def apply(
     file: _File,
     expect: Annotated[
-        int, typer.Option(help="Apply only while this version is in force.", metavar="VERSION", show_default=False)
+        int,
+        typer.Option(
+            help="Apply only while this version is in force.", metavar="VERSION", show_default=False, **_VERSIONS
+        ),
     ] = 0,
     force: _Force = False,
     gateway: Gateway = None,
@@ -218,7 +223,9 @@ def apply(
 
 @app.command(name="show")
 def show_policy(
-    version: Annotated[int, typer.Argument(help="An earlier version.", show_default="the one in force")] = 0,
+    version: Annotated[
+        int, typer.Argument(help="An earlier version.", show_default="the one in force", **_VERSIONS)
+    ] = 0,
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
@@ -262,7 +269,7 @@ def history(gateway: Gateway = None, json: AsJson = False) -> None:
 
 @app.command()
 def rollback(
-    version: Annotated[int, typer.Argument(help="The version to apply again.")],
+    version: Annotated[int, typer.Argument(help="The version to apply again.", min=1, max=_LARGEST)],
     force: _Force = False,
     data_dir: Annotated[
         Path | None,

@@ -63,7 +63,12 @@ def set_tenant(
     ] = None,
     max_pending: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Largest number of waiting jobs; further submits are rejected. 0: no limit."),
+        typer.Option(
+            metavar="N",
+            help="Largest number of waiting jobs; further submits are rejected. 0: no limit.",
+            min=0,
+            max=(1 << 63) - 1,
+        ),
     ] = None,
     rate: Annotated[float | None, typer.Option(metavar="R", help="Submits per second. 0: no limit.")] = None,
     burst: Annotated[

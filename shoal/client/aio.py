@@ -83,7 +83,8 @@ class AsyncClient:
         secured = _security(gateway, ca, cert, key)
         token = _token(gateway) if token is None else token
         # A node that was found here has an address of this machine.
-        if token and not (plaintext_token or gateway.has_tls or gateway.is_here or is_local(gateway.address)):
+        is_sent = token or any(str(name).lower() == "authorization" for name in headers or {})
+        if is_sent and not (plaintext_token or gateway.has_tls or gateway.is_here or is_local(gateway.address)):
             raise InvalidArgument(
                 f"the token is not sent to {gateway.address} in plaintext: use https://{gateway.address}; or "
                 "plaintext_token=True, where nobody on the way is to be feared"

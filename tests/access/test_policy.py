@@ -86,6 +86,10 @@ def test_an_unknown_role_and_names_that_occur_twice_are_refused(signer: Signer) 
     assert "the grant 'a' occurs twice" in error_of(signer, grants=yaml.safe_load(json.dumps(twice)))
     assert "the host 'a.example' occurs twice" in error_of(signer, hosts=["a.example", "A.example"])
     assert "the issuer 'shoal' occurs twice" in error_of(signer, issuers=[issuer(signer), {**issuer(signer)}])
+    # Another one of such a name would be taken for a signer of the cluster.
+    own = {key: value for key, value in issuer(signer).items() if key != "jwks"} | {"cluster": True}
+    given = [own, {**issuer(signer), "issuer": "shoal:k-01234567"}]
+    assert "names that begin with 'shoal:' are the cluster's own" in error_of(signer, issuers=given)
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,14 @@ def test_an_address_and_the_variable_have_priority(monkeypatch: pytest.MonkeyPat
         assert client.address == "https://h.example:8443"
 
 
+def test_a_token_that_no_header_carries_is_refused_when_it_is_added(home: Path) -> None:
+    file = token_file(home)
+    file.write_text("tok en\n")
+    for given, stdin in ((str(file), None), ("-", "tok en\n")):
+        with pytest.raises(InvalidArgument, match="has characters that no header carries"):
+            run("add", "kept", "https://h.example:8443", "--token-file", given, stdin=stdin)
+
+
 def test_a_list_shows_that_a_token_is_set_and_never_the_token(home: Path) -> None:
     run("add", "kept", "https://h.example:8443", "--token-file", "-", stdin=SECRET)
     run("add", "read", "https://h.example:8443", "--token-file", str(token_file(home)))

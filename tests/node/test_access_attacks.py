@@ -681,7 +681,9 @@ def test_a_page_that_the_policy_names_reads_responses_and_errors(world: World) -
         world.until(lambda: page(world, world.key().text, origin=PAGE)[0] == 200)
         _, asked, _ = preflight(world, PAGE)
         assert asked["access-control-allow-origin"] == PAGE
-        assert {"content-type", "x-grpc-web", "authorization"} <= set(asked["access-control-allow-headers"].split(","))
+        assert {"content-type", "x-grpc-web", "authorization", "x-shoal-no-retry"} <= set(
+            asked["access-control-allow-headers"].split(",")
+        )
         for token, model, expected in (
             (world.key().text, OPEN, "0"),
             (world.key().text, SECRET, "7 "),

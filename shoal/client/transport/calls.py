@@ -323,7 +323,7 @@ def _validated_retries(retries: int) -> int:
 
 def _validated_token(token: str) -> str:
     # The message never has the token.
-    if not re.fullmatch(r"[\x21-\x7e]+", token):
+    if not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]+", token):
         raise InvalidArgument("the token has characters that no header carries: expected printable ASCII, no spaces")
     return token
 

@@ -48,10 +48,13 @@ def test_a_token_is_never_in_an_error_and_in_plaintext_only_where_that_is_said(m
         ("s3cret", "h.example:1", r"the token is not sent to h\.example:1 in plaintext: use https"),
         ("s3 cret", FAR, "the token has characters"),
         ("s3cret\n", FAR, "the token has characters"),
+        (b"s3cret", FAR, "the token has characters"),
     ):
         with pytest.raises(InvalidArgument, match=named) as caught:
-            shoal.AsyncClient(address, token=token)
-        assert token.strip() not in caught.value.message
+            shoal.AsyncClient(address, token=token)  # type: ignore[arg-type]
+        assert "s3" not in caught.value.message
+    with pytest.raises(InvalidArgument, match="in plaintext"):
+        shoal.AsyncClient("h.example:1", headers={"Authorization": "Bearer s3cret"})
     shoal.AsyncClient("h.example:1", token="s3cret", plaintext_token=True)
     shoal.AsyncClient("127.0.0.1:1", token="s3cret")
     monkeypatch.setenv("SHOAL_TOKEN", "s3cret")

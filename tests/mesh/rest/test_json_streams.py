@@ -110,7 +110,13 @@ def events(response: Response) -> list[Any]:
 
 
 async def test_messages_are_records_of_either_form(world: World) -> None:
-    for headers, kind, read in (((), "application/x-ndjson", lines), ((SSE,), "text/event-stream", events)):
+    unwanted = f"{SSE};q=0, application/x-ndjson"
+    for headers, kind, read in (
+        ((), "application/x-ndjson", lines),
+        ((SSE,), "text/event-stream", events),
+        ((f"{SSE};q=0.5, application/x-ndjson;q=0",), "text/event-stream", events),
+        ((unwanted,), "application/x-ndjson", lines),
+    ):
         move(world, ingest_pb2.JOB_STATE_QUEUED, ingest_pb2.JOB_STATE_SUCCEEDED, None)
         response = await world.get(WATCH, *headers)
         assert (response.status, response.headers["content-type"]) == (200, kind)
