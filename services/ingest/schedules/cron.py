@@ -23,6 +23,8 @@ from shoal.errors import InvalidArgument
 EXPRESSION_CHARS = 200
 ZONE_CHARS = 64
 _SECOND = timedelta(seconds=1)
+# Longer than clocks are set back.
+_FOLD = timedelta(hours=3)
 
 
 def checked(expression: str, zone: str) -> tzinfo:
@@ -73,15 +75,23 @@ def between(expression: str, zone: tzinfo, first: datetime, last: datetime, most
 
 def latest(expression: str, zone: tzinfo, first: datetime, last: datetime) -> datetime | None:
     """Return the last time from `first` to `last`, both included; None when there is none."""
-    found: datetime | None = None
-    # The search runs forwards, because the times of a day with a clock change are defined that way. It starts close to
-    # `last`, and then further back.
-    for back in (timedelta(minutes=2), timedelta(hours=3), timedelta(days=2), timedelta(days=63)):
+    for back in (timedelta(minutes=2), _FOLD):
         found = _last_between(expression, zone, max(first, last - back), last)
         if found is not None or last - back <= first:
             return found
-    # Times rarer than every other month are few in any span.
-    return _last_between(expression, zone, first, last)
+    # A year may have a day of times each second, so they are not walked through: each step leaves half of the rest.
+    low, high = first - _SECOND, last
+    while high - low > _SECOND:
+        middle = low + timedelta(seconds=(high - low) // _SECOND // 2)
+        time = next_after(expression, zone, middle)
+        if time is not None and time <= last:
+            found = low = time
+        else:
+            high = middle
+    if found is None:
+        return _last_between(expression, zone, first, min(first + _FOLD, last))
+    # The times of an hour that occurs twice are defined from before it on.
+    return _last_between(expression, zone, max(first, found - _FOLD), last)
 
 
 def _last_between(expression: str, zone: tzinfo, first: datetime, last: datetime) -> datetime | None:

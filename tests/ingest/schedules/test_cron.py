@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -24,6 +26,8 @@ expressions = st.sampled_from(
         "*/20 * * * * *",
         "0 30 2 * * *",
         "5 4 1 */2 MON",
+        "*/20 30 2 1 * *",
+        "*/5 0-3 * * SUN#4",
     ]
 )
 zones = st.sampled_from(["UTC", "Europe/Paris", "America/New_York", "Australia/Lord_Howe", "Asia/Kolkata"])
@@ -78,6 +82,32 @@ def test_the_latest_is_the_last_of_them(expression: str, zone: str, last: dateti
     first = (last - timedelta(seconds=seconds)).replace(microsecond=0)
     every = cron.between(expression, found, first, last, 100_000)
     assert cron.latest(expression, found, first, last) == (every[-1] if every else None)
+
+
+@pytest.mark.parametrize(
+    ("expression", "last"),
+    [
+        ("* * * 1 1 *", "2026-01-01T23:59:59"),
+        ("* * * * * MON#5", "2026-11-30T23:59:59"),
+        ("0 0 29 2 *", "2024-02-29T00:00:00"),
+        ("0 0 1 1 *", "2026-01-01T00:00:00"),
+    ],
+)
+def test_the_latest_in_years_is_found_in_few_steps(expression: str, last: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, times = 0, cron._times
+
+    def counted(*args: Any) -> Iterator[datetime]:
+        nonlocal steps
+        for time in times(*args):
+            steps += 1
+            yield time
+
+    monkeypatch.setattr(cron, "_times", counted)
+    now = at("2026-12-03T12:00")
+    assert cron.latest(expression, UTC, now - timedelta(days=3_650), now) == at(last)
+    # Those of three hours, of which each may have 3,600.
+    assert steps < 12_000
+    assert cron.latest(expression, UTC, now - timedelta(hours=5), now) is None
 
 
 @pytest.mark.parametrize(
