@@ -28,7 +28,7 @@ from shoal.inference.v2 import inference_pb2 as pb
 async def infer(server: InferenceServer, fast: FastRestInfer, call: RestCall) -> Reply:
     """Run one inference. `fast` learns from it."""
     body = await call.body()
-    length = header_length(call.headers, len(body))
+    length = header_length(call, len(body))
     version = server.models.find(call.target.model, call.target.version)
     # Before the request is read, as in Triton.
     if version.decoupled is not None:
