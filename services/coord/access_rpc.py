@@ -57,8 +57,8 @@ class AccessRpc(pb_grpc.AccessServiceServicer):
         return pb.ListPoliciesResponse(policies=[_version(one) for one in await self._policies.history()])
 
     async def ApplyPolicy(self, request: pb.ApplyPolicyRequest, ctx: Context) -> pb.ApplyPolicyResponse:
-        author = _author(ctx)
-        applied, late = await self._policies.apply(
+        policies, author = self._policies, _author(ctx)
+        applied, late = await policies.apply(
             request.document,
             dict(request.files),
             author,
