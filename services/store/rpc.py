@@ -34,7 +34,7 @@ from services.store.retention.rule_repository import RuleRepository
 from services.store.usage.messages import usage_of
 from services.store.usage.quotas import Quotas
 from shoal.access.rpc_groups import LIST_MODELS, REMOVE, SET_ALIAS
-from shoal.errors import Unimplemented
+from shoal.errors import InvalidArgument, Unimplemented
 from shoal.store.v1 import store_pb2 as pb
 
 SERVICE = "shoal.store.v1.StoreService"
@@ -227,6 +227,8 @@ class StoreRpc(ArtifactRpc):
         raise Unimplemented("ApplyRetention: the store applies retention by itself, see SHOAL_STORE_RETENTION_MS")
 
     async def SetQuota(self, request: pb.SetQuotaRequest, ctx: Context) -> pb.SetQuotaResponse:
+        if request.HasField("bytes") == request.remove:
+            raise InvalidArgument("bytes, remove: set one of them")
         tenant = request.tenant if request.HasField("tenant") else None
         await self._quotas.put(tenant, None if request.remove else request.bytes)
         return pb.SetQuotaResponse()
