@@ -31,7 +31,7 @@ Fields = Sequence[tuple[bytes, bytes]]
 class Block:
     """One decoded block, immutable: requests with equal headers share it."""
 
-    __slots__ = ("by_name", "connection_at", "fields", "is_malformed", "list_bytes", "path")
+    __slots__ = ("by_name", "connection_at", "fields", "has_repeated_names", "is_malformed", "list_bytes", "path")
 
     def __init__(
         self, fields: Fields, list_bytes: int = 0, *, is_malformed: bool = False, connection_at: int = -1
@@ -44,6 +44,8 @@ class Block:
         self.list_bytes = list_bytes
         """Size of the fields, each with 32 bytes more (RFC 9113, section 6.5.2)."""
         self.by_name = dict(fields)
+        """Fields by name; of several with one name the last."""
+        self.has_repeated_names = len(self.by_name) != len(fields)
         self.path = self.by_name.get(b":path", b"").decode("latin-1")
         """The query string is a part of it. Empty in a response."""
 
@@ -51,6 +53,10 @@ class Block:
     def method(self) -> str:
         """The method of a request, in capitals."""
         return self.by_name.get(b":method", b"").decode("latin-1")
+
+    def values(self, name: bytes) -> list[bytes]:
+        """Return the values of the fields with a name, in their order."""
+        return [value for key, value in self.fields if key == name]
 
 
 LIST_BYTES = 64 << 10
@@ -280,7 +286,7 @@ class Decoder:
             is_cacheable = is_cacheable and len(connections) == 1 and not is_malformed
             block = block[:connection_at] + block[end:]
         found = Block(fields, size, is_malformed=is_malformed, connection_at=connection_at)
-        if len(found.by_name) != len(fields):
+        if found.has_repeated_names:
             found.is_malformed = is_malformed or len(dict(fields[:pseudo])) != pseudo
         if is_cacheable:
             self._cache.add_block(block, found, size)

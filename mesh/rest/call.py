@@ -281,6 +281,13 @@ class RestCall(StreamMemory):
         """The query of the request, without its question mark."""
         return self._stream.head.path.partition("?")[2]
 
+    def header(self, name: bytes) -> bytes | None:
+        """Return the value of a header; None without it. Raises InvalidArgument for one with several values."""
+        head = self._stream.head
+        if head.has_repeated_names and (count := len({*head.values(name)})) > 1:
+            raise InvalidArgument(f"the header '{name.decode()}' has {count} different values: send it once")
+        return head.by_name.get(name)
+
     def context(self) -> CallContext:
         """Return the context of a handler of gRPC that serves this call."""
         app, (host, port) = self._app, self._stream.peer
@@ -327,7 +334,8 @@ class RestCall(StreamMemory):
         if len(pieces) > 1:
             self.hold(size)
             body = await self._worked(lambda: b"".join(pieces), is_long=size > JOIN_BYTES)
-        encoding = self.headers.get(b"content-encoding", b"identity").lower()
+        # Several fields are one list (RFC 9110, section 5.3).
+        encoding = b", ".join(self._stream.head.values(b"content-encoding") or [b"identity"]).lower()
         if encoding == b"identity":
             return body
         if encoding not in _ENCODINGS:
@@ -632,13 +640,13 @@ def _compressed(body: bytes, wbits: int) -> bytes:
     return stream.compress(body) + stream.flush()
 
 
-def header_length(headers: Mapping[bytes, bytes], size: int) -> int | None:
+def header_length(call: RestCall, size: int) -> int | None:
     """Return the bytes of JSON before the binary tensors of a body; None for a body of JSON alone.
 
     Raises:
-        InvalidArgument: the header is no number from 0 to the size of the body.
+        InvalidArgument: the header is no number from 0 to the size of the body, or is there with several values.
     """
-    given = headers.get(b"inference-header-content-length")
+    given = call.header(b"inference-header-content-length")
     if given is None:
         return None
     length = int(given) if given.isdigit() and len(given) < 20 else -1

@@ -41,7 +41,7 @@ def rest_app(grpc: GrpcApp) -> RestApp:
 
 async def _submit(call: RestCall) -> Reply:
     body = await call.body()
-    length = header_length(call.headers, len(body))
+    length = header_length(call, len(body))
     if length == 0:
         raise InvalidArgument("a job needs the JSON of its inputs: no model is asked for its only input here")
     submit = pb.SubmitRequest(idempotency_key=_key(call))
@@ -60,7 +60,7 @@ async def _submit(call: RestCall) -> Reply:
 
 
 def _key(call: RestCall) -> str:
-    text = call.headers.get(KEY_HEADER, b"").decode("latin-1")
+    text = (call.header(KEY_HEADER) or b"").decode("latin-1")
     if len(text) > 1 and text[0] == text[-1] == '"':
         text = text[1:-1]
     if not text.isascii() or not text.isprintable():

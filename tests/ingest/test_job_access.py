@@ -228,6 +228,10 @@ async def test_an_inference_over_rest_that_becomes_a_job_is_decided_as_a_submit(
     body["inputs"][0]["data"] = [0, 0, 0, 0]
     status, found = await post(once)
     assert (status, first["job"]["id"] in found["error"]) == (409, True)
+    jobs = len((await served.stub.ListJobs(pb.ListJobsRequest(), **served.by())).jobs)
+    status, found = await post("Idempotency-Key: twice-a", "Idempotency-Key: twice-b")
+    assert (status, found) == (400, {"error": "the header 'idempotency-key' has 2 different values: send it once"})
+    assert len((await served.stub.ListJobs(pb.ListJobsRequest(), **served.by())).jobs) == jobs
     assert (await post("Idempotency-Key: schedule:x"))[0] == 400
     assert (await post(f"Idempotency-Key: {'k' * 129}"))[0] == 400
     too_large = {"inputs": [{"name": "x", "shape": [4], "datatype": "FP32", "data": [1] * 5}]}

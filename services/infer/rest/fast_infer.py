@@ -132,7 +132,7 @@ class FastRestInfer:
     def start(self, call: RestCall, body: bytes) -> bool:
         """Start a call and return True when it is known. Raises as `InferenceServer.infer` does."""
         headers, target = call.headers, call.target
-        digits = headers.get(HEADER_LENGTH)
+        digits = call.header(HEADER_LENGTH)
         found = self._read_json(target, body) if digits is None else self._read_binary(target, body, digits)
         if found is None or is_retry(headers) or any(name in headers for name in _UNUSUAL):
             return False

@@ -27,7 +27,7 @@ from shoal.inference.v2 import inference_pb2 as pb
 async def infer(server: InferenceServer, fast: FastRestInfer, call: RestCall) -> Reply:
     """Run one inference. `fast` learns from it."""
     body = await call.body()
-    length = header_length(call.headers, len(body))
+    length = header_length(call, len(body))
     wanted = Wanted()
     if length == 0:
         message, wanted.all_binary = _raw_request(server, call.target, body), True

@@ -317,6 +317,14 @@ async def test_other_requests_take_the_slow_path_each_time(served: Served, clien
 
 
 DATA, LENGTH = doubling()
+
+
+async def test_a_length_that_is_there_twice_with_one_value_counts_once(served: Served, client: RawClient) -> None:
+    first = await infer(client, DATA, LENGTH)
+    assert (await infer(client, DATA, LENGTH, LENGTH)) == first
+    assert served.slow == 1
+
+
 UNUSUAL = {
     "a retry": (DATA, [LENGTH, "x-envoy-attempt-count: 2"], 200),
     "a deadline": (DATA, [LENGTH, "grpc-timeout: 1M"], 200),
@@ -327,6 +335,10 @@ UNUSUAL = {
     "a length beyond the body": (DATA, ["Inference-Header-Content-Length: 9999"], 400),
     "a length that is no number": (DATA, ["Inference-Header-Content-Length: 1_0"], 400),
     "a length inside the JSON": (DATA, ["Inference-Header-Content-Length: 20"], 400),
+    "two lengths, the last one right": (DATA, ["Inference-Header-Content-Length: 20", LENGTH], 400),
+    "two lengths, the first one right": (DATA, [LENGTH, "Inference-Header-Content-Length: 20"], 400),
+    "two encodings, the last one right": (DATA, [LENGTH, "Content-Encoding: gzip", "Content-Encoding: identity"], 501),
+    "compressed twice, it says": (gzip.compress(DATA), [LENGTH, *["Content-Encoding: gzip"] * 2], 501),
 }
 
 
