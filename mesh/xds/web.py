@@ -31,8 +31,8 @@ of the text has less than four bytes, the instance gets what was kept a second t
 
 # Request headers of gRPC-Web, of JSON calls and of Triton's clients, beside those that a browser always allows.
 _ALLOWED_HEADERS = (
-    "authorization,content-type,grpc-timeout,idempotency-key,inference-header-content-length,prefer,traceparent,"
-    "x-grpc-web,x-shoal-tenant,x-user-agent"
+    "authorization,content-encoding,content-type,grpc-timeout,idempotency-key,inference-header-content-length,prefer,"
+    "traceparent,tracestate,x-grpc-web,x-shoal-no-retry,x-shoal-tenant,x-user-agent"
 )
 # Without it, a page cannot read the status of a call.
 _EXPOSED_HEADERS = (
