@@ -270,7 +270,9 @@ async def test_hostile_requests_are_named(shared_store: Store, request_: Any, wo
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"tenant": "zz"}, {"remove": False}, {"bytes": 5, "remove": True}, {"bytes": 0, "remove": True}], ids=str
+    "fields",
+    [{}, {"tenant": "zz"}, {"remove": False}, {"bytes": 5, "remove": True}, {"bytes": 0, "remove": True}],
+    ids=str,
 )
 async def test_a_quota_is_neither_set_nor_removed_unless_the_request_says_which(
     store: Store, fields: dict[str, Any]
