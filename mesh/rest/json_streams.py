@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -19,7 +19,7 @@ from google.protobuf import json_format
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
-from mesh.rest.call import Events, RestCall
+from mesh.rest.call import Events, RestCall, accepted
 from mesh.rest.handlers import responses
 from mesh.rpc.heavy_work import Steps
 from shoal.errors import Code, InvalidArgument, quoted
@@ -33,9 +33,9 @@ MAX_FIELDS = 1_100
 class JsonStream(RestCall):
     """A call whose response is a stream of records. Its errors have the form of JSON calls (docs/http-api.md)."""
 
-    @property
+    @cached_property
     def _has_events(self) -> bool:
-        return _EVENTS in self.headers.get(b"accept", b"").lower()
+        return _EVENTS in accepted(self.headers.get(b"accept", b""))
 
     @property
     def heartbeat(self) -> bytes:  # type: ignore[override] # Constant in the other calls.
