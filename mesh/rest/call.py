@@ -628,7 +628,7 @@ def error_fields(http_status: int, trailing: Iterable[tuple[str, str]] = ()) -> 
 
 
 def accepted(header: bytes) -> Iterator[bytes]:
-    """Yield the names in a header such as Accept, in small letters; not those of weight 0 (RFC 9110, section 12.4.2)."""
+    """Yield the names in a header such as Accept, in small letters; none of weight 0 (RFC 9110, section 12.4.2)."""
     for part in header.lower().split(b","):
         name, *parameters = part.split(b";")
         if _REFUSALS.isdisjoint(parameter.replace(b" ", b"") for parameter in parameters):
