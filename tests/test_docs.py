@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+from mesh.xds import web
 from shoal.cli import up
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +52,16 @@ def test_every_file_that_a_page_names_exists(page: Path) -> None:
     missing = [name for name in _FILE.findall(_without_links(text)) if not is_file_of_ours(name)]
     missing += [name for name in _FOLDER.findall(text) if not any(ROOT.glob(name.rstrip("/")))]
     assert not missing
+
+
+def test_a_page_that_may_call_may_send_each_header_that_the_page_about_rest_names() -> None:
+    text = (ROOT / "docs/rest.md").read_text()
+    table = text.partition("\n## Headers\n")[2].partition("\n## ")[0]
+    named = [name.lower() for name in re.findall(r"^\| `([\w-]+)", table, re.MULTILINE)]
+    assert "idempotency-key" in named
+    allowed = web.virtual_hosts(web.Web(origins=("https://app.example.com",)), {})[0]["typed_per_filter_config"]
+    headers = allowed["envoy.filters.http.cors"]["allow_headers"].split(",")
+    assert not {*named, "content-encoding", "content-type", "tracestate"} - set(headers)
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])

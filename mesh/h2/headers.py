@@ -31,7 +31,16 @@ Fields = Sequence[tuple[bytes, bytes]]
 class Block:
     """One decoded block, immutable: requests with equal headers share it."""
 
-    __slots__ = ("by_name", "connection_at", "fields", "has_repeated_names", "is_malformed", "list_bytes", "path")
+    __slots__ = (
+        "body_bytes",
+        "by_name",
+        "connection_at",
+        "fields",
+        "has_repeated_names",
+        "is_malformed",
+        "list_bytes",
+        "path",
+    )
 
     def __init__(
         self, fields: Fields, list_bytes: int = 0, *, is_malformed: bool = False, connection_at: int = -1
@@ -40,12 +49,14 @@ class Block:
         self.connection_at = connection_at
         """Place in the encoded block from which the number of a connection was taken; -1: there was none."""
         self.is_malformed = is_malformed
-        """True when a field breaks the rules of RFC 9113, section 8.2 or 8.3, which ends its stream only."""
+        """True when a field breaks the rules of RFC 9113, section 8.1.1, 8.2 or 8.3, which ends its stream only."""
         self.list_bytes = list_bytes
         """Size of the fields, each with 32 bytes more (RFC 9113, section 6.5.2)."""
         self.by_name = dict(fields)
         """Fields by name; of several with one name the last."""
         self.has_repeated_names = len(self.by_name) != len(fields)
+        self.body_bytes: int | None = None
+        """Size of the body that a decoded block announces (Content-Length); None: it announces none."""
         self.path = self.by_name.get(b":path", b"").decode("latin-1")
         """The query string is a part of it. Empty in a response."""
 
@@ -73,6 +84,10 @@ LATER = Block((), is_malformed=True)
 """Block in place of a new one, which is to be decoded later: `Decoder.latest`."""
 
 _CONNECTION = CONNECTION_HEADER.encode()
+
+_LENGTH = b"content-length"
+# More than 64 bits have.
+_LENGTH_DIGITS = 20
 
 # A value that is longer is a token or a list of its own request: it would displace what repeats.
 _CACHED_BYTES = 1 << 10
@@ -288,6 +303,13 @@ class Decoder:
         found = Block(fields, size, is_malformed=is_malformed, connection_at=connection_at)
         if found.has_repeated_names:
             found.is_malformed = is_malformed or len(dict(fields[:pseudo])) != pseudo
+        if _LENGTH in found.by_name:
+            lengths = {*found.values(_LENGTH)}
+            length = lengths.pop()
+            if not lengths and length.isdigit() and len(length) <= _LENGTH_DIGITS:
+                found.body_bytes = int(length)
+            else:
+                found.is_malformed = True
         if is_cacheable:
             self._cache.add_block(block, found, size)
         return found

@@ -323,18 +323,19 @@ class ServerConnection(Peer):
         if number <= self._newest or not number & 1:
             self._on_trailers(number, flags, block)
             return
-        if block.is_malformed or len(self._streams) >= _MAX_STREAMS or (self._is_closing and not self._is_late):
+        is_ended = flags & END_STREAM != 0
+        is_malformed = block.is_malformed or (is_ended and bool(block.body_bytes))
+        if is_malformed or len(self._streams) >= _MAX_STREAMS or (self._is_closing and not self._is_late):
             if block is LATER:
                 encoded = self._decoder.latest
                 if not self._opens_later(number, flags, encoded):
                     self._on_block(number, flags, self._decoder.decode_now(encoded))
                 return
             self._newest = number
-            reason = Reason.PROTOCOL_ERROR if block.is_malformed else Reason.REFUSED_STREAM
+            reason = Reason.PROTOCOL_ERROR if is_malformed else Reason.REFUSED_STREAM
             self._sender.write(frames.rst_stream(number, reason))
             self._spend(1)
             return
-        is_ended = flags & END_STREAM != 0
         self._newest = number
         tenant, tenants, client = block.by_name.get(TENANT, b""), self._tenants, None
         # Only an Envoy speaks for others.
@@ -453,6 +454,11 @@ class ServerConnection(Peer):
         stream.received += size
         if stream.received > self._stream_window + stream.extra:
             raise ConnectionBroken(Reason.FLOW_CONTROL_ERROR, f"more on stream {number} than its window")
+        if (left := stream.left) is not None:
+            stream.left = left = left - len(payload)
+            if left < 0 or (left and flags & END_STREAM):
+                self._reset_malformed(stream)
+                return
         if (credits := self._credits) is not None and number in credits.bodies:
             credits.arrived(number, size)
             if flags & END_STREAM:
@@ -531,10 +537,8 @@ class ServerConnection(Peer):
                 raise ConnectionBroken(Reason.PROTOCOL_ERROR, f"HEADERS on stream {number}, which no client opens")
             return
         is_malformed = block.is_malformed or any(name[:1] == b":" for name in block.by_name)
-        if is_malformed or not flags & END_STREAM or stream.is_request_ended:
-            # A malformed request ends its stream, and no other one (RFC 9113, section 8.1.1).
-            stream.reset(Reason.PROTOCOL_ERROR)
-            self._spend(0)
+        if is_malformed or not flags & END_STREAM or stream.is_request_ended or stream.left:
+            self._reset_malformed(stream)
             return
         stream.is_request_ended = True
         self._expects_no_more(number)
@@ -547,6 +551,11 @@ class ServerConnection(Peer):
             reset(stream)
         if self._is_shared and handler.is_task:
             self._tasks_started += 1
+
+    def _reset_malformed(self, stream: ServerStream) -> None:
+        """End the stream of a malformed request, and no other one (RFC 9113, section 8.1.1)."""
+        stream.reset(Reason.PROTOCOL_ERROR)
+        self._spend(0)
 
     def _on_goaway(self, payload: bytes) -> None:
         self._is_closing = True

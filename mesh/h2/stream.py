@@ -130,6 +130,7 @@ class ServerStream:
         "is_request_ended",
         "kept",
         "least_held",
+        "left",
         "moved",
         "number",
         "received",
@@ -167,6 +168,8 @@ class ServerStream:
         """Method, path and headers of the request."""
         self.is_request_ended = is_request_ended
         """True when the whole body has arrived."""
+        self.left = head.body_bytes
+        """Bytes of the body that are still to come; None where the head announces no length."""
         self.received = 0
         """Bytes of the body, in flow-control size, whose credit has not been given back to the client."""
         self.kept: tuple[bytes, int, int] | None = None

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import math
 import zlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -94,6 +94,7 @@ JSON = b"application/json"
 _MOST_PIECES = 10_000
 
 _EVENTS = b"text/event-stream; charset=utf-8"
+_REFUSALS = frozenset((b"q=0", b"q=0.0", b"q=0.00", b"q=0.000"))
 _ENCODINGS = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
 # Smaller responses are not compressed.
 _COMPRESSED_BYTES = 1 << 10
@@ -396,7 +397,7 @@ class RestCall(StreamMemory):
             return
         self.on_end = None
         if len(body) >= _COMPRESSED_BYTES:
-            if _accepted(self.headers.get(b"accept-encoding", b"")):
+            if _accepted_encoding(self.headers):
                 self._start(partial(self._reply, Reply(body, head.content_type, 200, head.fields)))
                 return
             if len(body) > self._app.message_bytes:
@@ -508,7 +509,7 @@ class RestCall(StreamMemory):
         body, fields = reply.body, list(reply.fields)
         if len(body) > self._app.message_bytes:
             raise too_large(len(body), self._app.message_bytes)
-        if len(body) >= _COMPRESSED_BYTES and (encoding := _accepted(self.headers.get(b"accept-encoding", b""))):
+        if len(body) >= _COMPRESSED_BYTES and (encoding := _accepted_encoding(self.headers)):
             plain, wbits = body, _ENCODINGS[encoding]
             self.hold_response(len(plain))
             body = await self._worked(lambda: _compressed(plain, wbits), is_long=len(plain) > INLINE_BYTES)
@@ -626,13 +627,17 @@ def error_fields(http_status: int, trailing: Iterable[tuple[str, str]] = ()) -> 
     return fields
 
 
-def _accepted(header: bytes) -> bytes | None:
-    """Return the first supported compression in a header Accept-Encoding; None without one."""
+def accepted(header: bytes) -> Iterator[bytes]:
+    """Yield the names in a header such as Accept, in small letters; none of weight 0 (RFC 9110, section 12.4.2)."""
     for part in header.lower().split(b","):
-        name, _, parameter = part.partition(b";")
-        if name.strip() in _ENCODINGS and parameter.replace(b" ", b"") not in (b"q=0", b"q=0.0", b"q=0.00", b"q=0.000"):
-            return name.strip()
-    return None
+        name, *parameters = part.split(b";")
+        if _REFUSALS.isdisjoint(parameter.replace(b" ", b"") for parameter in parameters):
+            yield name.strip()
+
+
+def _accepted_encoding(headers: Mapping[bytes, bytes]) -> bytes | None:
+    """Return the first supported compression that a request accepts; None without one."""
+    return next((name for name in accepted(headers.get(b"accept-encoding", b"")) if name in _ENCODINGS), None)
 
 
 def _compressed(body: bytes, wbits: int) -> bytes:

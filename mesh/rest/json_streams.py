@@ -8,10 +8,9 @@ Envoy's transcoder would lose an error in the middle of a stream, and names no u
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -20,15 +19,12 @@ from google.protobuf import json_format
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
-from mesh.rest.call import Events, RestCall
+from mesh.rest.call import Events, RestCall, accepted
 from mesh.rest.handlers import responses
 from mesh.rpc.heavy_work import Steps
 from shoal.errors import Code, InvalidArgument, quoted
 
 _NDJSON, _EVENTS = b"application/x-ndjson", b"text/event-stream"
-
-# Not with a weight of 0 (RFC 9110, section 12.4.2).
-_WANTS_EVENTS = re.compile(rb"text/event-stream(?![^,]*;\s*q=0(\.0*)?\s*(,|;|$))", re.IGNORECASE)
 
 MAX_FIELDS = 1_100
 """Fields of a query: a filter has at most 1,000 ids of jobs."""
@@ -37,9 +33,9 @@ MAX_FIELDS = 1_100
 class JsonStream(RestCall):
     """A call whose response is a stream of records. Its errors have the form of JSON calls (docs/http-api.md)."""
 
-    @property
+    @cached_property
     def _has_events(self) -> bool:
-        return _WANTS_EVENTS.search(self.headers.get(b"accept", b"")) is not None
+        return _EVENTS in accepted(self.headers.get(b"accept", b""))
 
     @property
     def heartbeat(self) -> bytes:  # type: ignore[override] # Constant in the other calls.

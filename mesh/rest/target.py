@@ -19,6 +19,8 @@ _SAID_METHOD, _SAID_PATH = 20, 200
 # Targets that are kept: 2 MiB of the longest paths.
 _KEPT = 256
 
+_NO_NAMES = frozenset(("", ".", ".."))
+
 _HEX = frozenset(b"0123456789abcdefABCDEF")
 
 
@@ -44,7 +46,7 @@ class Target:
 
 
 def read(method: str, path: str) -> Target:
-    """Return the target of a request. Names are percent-decoded, once.
+    """Return the target of a request. Names are percent-decoded, once; the rest is compared as gateways do, undecoded.
 
     Raises:
         NotFound: no such path is served. MethodNotAllowed: not with this method.
@@ -65,12 +67,15 @@ def _read(method: str, plain: str) -> Target:
     call = call_text(method, plain)
     if not plain.startswith("/"):
         raise NotFound(f"no call {call}")
-    segments = tuple(_decoded(segment) if "%" in segment else segment for segment in plain[1:].split("/"))
-    if any(part in ("", ".", "..") for segment in segments for part in segment.split("/")):
-        raise NotFound(f"no call {call}: no part of a path is empty, '.' or '..'")
+    segments = tuple(plain[1:].split("/"))
+    if any(segment in _NO_NAMES for segment in segments):
+        raise _no_name(call)
     others: list[str] = []
-    for found, values in rest_paths.found(segments):
+    for found, written in rest_paths.found(segments):
         if method in found.methods:
+            values = {name: _decoded(value) if "%" in value else value for name, value in written.items()}
+            if any(part in _NO_NAMES for value in values.values() for part in value.split("/")):
+                raise _no_name(call)
             version = values.pop("version", "")
             # As Triton: a version that is no number is no path.
             if version and not (version.isascii() and version.isdecimal()):
@@ -82,8 +87,12 @@ def _read(method: str, plain: str) -> Target:
     raise NotFound(f"no call {call}")
 
 
-def _decoded(segment: str) -> str:
-    raw = segment.encode("latin-1")
+def _no_name(call: str) -> NotFound:
+    return NotFound(f"no call {call}: no part of a path is empty, '.' or '..'")
+
+
+def _decoded(written: str) -> str:
+    raw = written.encode("latin-1")
     for part in raw.split(b"%")[1:]:
         if len(part) < 2 or not _HEX.issuperset(part[:2]):
             raise InvalidArgument("the path has a percent sign without two hexadecimal digits")

@@ -66,6 +66,7 @@ The service sees the signer's id, unless the issuer's name has it."""
 
 # Provider for calls without a bearer token: it looks into a header that no caller can send.
 _NOBODY, _NO_HEADER = "nobody", f"{TRUSTED_PREFIX}none"
+_HAS_COMMA: Mapping[str, Any] = {"name": "authorization", "string_match": {"contains": ","}}
 # An empty map is refused by Envoy. No header has this value.
 _NOTHING = " "
 
@@ -145,6 +146,8 @@ def callers(policy: Policy, services: Sequence[str], *, has_subject: bool = Fals
         "match": {"prefix": "/", "headers": [_begins_with("Bearer ")]},
         "requires": _one_of(foreign or list(providers)),
     }
+    # Envoy joins several headers with commas, which no token has. It would take the first or the last that it can read.
+    several = {"match": {"prefix": "/", "headers": [_HAS_COMMA]}, "requires": {"provider_name": _NOBODY}}
     rest = {"match": {"prefix": "/"}, "requires": {"provider_name": _NOBODY}}
     if not providers:
         return {"@type": JWT}
@@ -156,7 +159,7 @@ def callers(policy: Policy, services: Sequence[str], *, has_subject: bool = Fals
     return {
         "@type": JWT,
         "providers": verifying,
-        "rules": [*open_paths, *by_signer, *by_prefix, bearer, rest],
+        "rules": [*open_paths, several, *by_signer, *by_prefix, bearer, rest],
     }
 
 

@@ -164,9 +164,9 @@ class RefusedCalls(CountedEvents):
         """
         if path in GROUP_OF:
             return path, ""
-        for one, values in rest_paths.found(tuple(map(unquote, path.split("/")[1:]))):
+        for one, values in rest_paths.found(tuple(path.split("/")[1:])):
             if method in one.methods:
-                return one.rpc, values.get("model", "")
+                return one.rpc, unquote(values.get("model", ""))
         rpcs = (rpc for verb, form, rpc in self._json if verb == method and form.fullmatch(path))
         return next(rpcs, _UNKNOWN_PATH), ""
 

@@ -48,7 +48,11 @@ _CAUSES = (
         "no key: send 'authorization: Bearer shoal_...' (`shoal keys create` makes a key)",
         without="authorization",
     ),
-    Cause(401, "Jwt_is_missing", f"the header 'authorization' has no key: send 'Bearer shoal_...' in it {_MAKES_ONE}"),
+    Cause(
+        401,
+        "Jwt_is_missing",
+        f"the header 'authorization' has no key, or more than one: send one 'Bearer shoal_...' in it {_MAKES_ONE}",
+    ),
     Cause(401, "Jwt_is_expired", f"{_SAID}: the key has expired: send another one {_MAKES_ONE}"),
     Cause(
         401, "Jwt_not_yet_valid", f"{_SAID}: the token begins later: compare the clocks of its issuer and the gateway"

@@ -116,7 +116,7 @@ def model_path(model: str) -> str:
 
 
 def found(segments: tuple[str, ...]) -> Iterator[tuple[RestPath, dict[str, str]]]:
-    """Yield the paths that match the decoded `segments` of a request, each with the values of its names."""
+    """Yield the paths that match the `segments` of a request, each with the values of its names; nothing is decoded."""
     for path in _BY_LENGTH.get(len(segments), ()):
         values: dict[str, str] = {}
         for want, got in zip(path.segments, segments, strict=True):

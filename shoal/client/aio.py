@@ -22,7 +22,6 @@ from shoal.client.store.results import AsyncResults
 from shoal.client.store.store import AsyncStore
 from shoal.client.tenants import AsyncTenants
 from shoal.client.transport import methods
-from shoal.client.transport.address import is_local
 from shoal.client.transport.calls import Caller, Headers
 from shoal.client.transport.deadline import Deadline
 from shoal.client.transport.retry import RetryPolicy
@@ -79,22 +78,17 @@ class AsyncClient:
         token: str | None = None,
         plaintext_token: bool = False,
     ) -> None:
+        if not isinstance(address, str | None):
+            raise InvalidArgument(f"address: expected HOST:PORT or https://HOST:PORT, got {address!r}")
         gateway = find_gateway(address, os.environ)
         secured = _security(gateway, ca, cert, key)
-        token = _token(gateway) if token is None else token
-        # A node that was found here has an address of this machine.
-        is_sent = token or any(str(name).lower() == "authorization" for name in headers or {})
-        if is_sent and not (plaintext_token or gateway.has_tls or gateway.is_here or is_local(gateway.address)):
-            raise InvalidArgument(
-                f"the token is not sent to {gateway.address} in plaintext: use https://{gateway.address}; or "
-                "plaintext_token=True, where nobody on the way is to be feared"
-            )
         self._caller = Caller(
             gateway.address,
             retry=retry,
             headers=headers,
             tenant=tenant,
-            token=token,
+            token=_token(gateway) if token is None else token,
+            plaintext_token=plaintext_token,
             security=secured,
             is_near=gateway.is_here,
         )

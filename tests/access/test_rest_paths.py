@@ -47,6 +47,29 @@ def test_no_other_path_is_read_or_matched(path: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v2/models/m/in%66er"),
+        ("POST", "/%762/models/m/infer"),
+        ("POST", "/v2/m%6Fdels/m/infer"),
+        ("POST", "/v2/models/m/%76ersions/1/infer"),
+        ("GET", "/v2/health/liv%65"),
+        ("GET", "/shoal/v1/jobs/a%3Awatch"),
+        ("GET", "/shoal/v1/jobs/a:w%61tch"),
+    ],
+)
+def test_only_names_are_decoded_since_gateways_match_the_rest_as_it_is(method: str, path: str) -> None:
+    with pytest.raises(NotFound, match="no call"):
+        target.read(method, path)
+    assert not [pattern for pattern in patterns_of(GROUP_OF) if re.fullmatch(pattern, path)]
+
+
+def test_an_encoded_name_is_a_name_also_where_it_spells_another_path() -> None:
+    assert target.read("GET", "/v2/models/st%61ts").model == "stats"
+    assert target.read("GET", "/v2/models/stats").model == ""
+
+
+@pytest.mark.parametrize(
     ("path", "said"),
     [
         ("/v2/nope?x=y", "no call GET /v2/nope"),

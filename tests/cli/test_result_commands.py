@@ -170,8 +170,11 @@ def test_store_usage_and_quotas(shoal: Shoal, served: Served) -> None:
     assert "at most 20.0 GiB" in shoal("store", "quota", "set", "20GiB").stdout
     shoal("store", "quota", "set", "1000", "--tenant", "")
     assert "acme: no quota" in shoal("store", "quota", "remove", "--tenant", "acme").stdout
-    assert [(one.bytes, one.HasField("tenant"), one.tenant, one.remove) for one in asked] == [
-        (20 << 30, False, "", False), (1000, True, "", False), (0, True, "acme", True)
+    assert "at most 0 B" in shoal("store", "quota", "set", "0", "--tenant", "trial").stdout
+    quotas = [one.bytes if one.HasField("bytes") else None for one in asked]
+    assert quotas == [20 << 30, 1000, None, 0]
+    assert [(one.HasField("tenant"), one.tenant, one.remove) for one in asked] == [
+        (False, "", False), (True, "", False), (True, "acme", True), (True, "trial", False)
     ]  # fmt: skip
     assert "expected bytes" in complaint(shoal("store", "quota", "set", "much"), 2)
 

@@ -30,6 +30,7 @@ Headers: TypeAlias = Mapping[str, str]
 
 """Header that names the tenant of a call."""
 
+_TOKEN_HEADER = "authorization"
 _HEADER = re.compile(r"^(?!grpc-)[a-z0-9][a-z0-9_.-]*(?<!-bin)$")
 
 
@@ -37,8 +38,9 @@ class Caller:
     """RPC caller of the node at `address`. The connection opens with the first call; `close()` ends it.
 
     Each event loop that makes calls has its own connection, and so has a forked child. Every call carries `headers`,
-    `tenant` in TENANT_HEADER, and `token` as `authorization`. `security` None: plaintext. `is_near`: the node
-    is on this machine, whatever its address is. `clock`, `sleep` and `draw` are injected for the tests of retries.
+    `tenant` in TENANT_HEADER, and `token` as `authorization`. `security` None: plaintext, in which a token goes to
+    another machine only with `plaintext_token`. `is_near`: the node is on this machine, whatever its address is.
+    `clock`, `sleep` and `draw` are injected for the tests of retries.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Caller:
         headers: Headers | None = None,
         tenant: str = "",
         token: str = "",
+        plaintext_token: bool = False,
         security: Security | None = None,
         is_near: bool = False,
         clock: Callable[[], float] = time.monotonic,
@@ -58,11 +61,12 @@ class Caller:
         self.address = address
         self.clock = clock
         self._retry = retry or RetryPolicy()
-        named = {TENANT_HEADER: header_value(tenant)} if tenant else {}
-        bearer = {"authorization": f"Bearer {_validated_token(token)}"} if token else {}
-        self._headers = {**named, **bearer, **_validated(headers or {})}
         self._security = security
         self._is_near = is_near
+        self._may_send_token = plaintext_token or security is not None or is_near or is_local(address)
+        named = {TENANT_HEADER: header_value(_validated_tenant(tenant))} if tenant else {}
+        bearer = {_TOKEN_HEADER: f"Bearer {_validated_token(token)}"} if token != "" else {}
+        self._headers = self._sendable({**named, **bearer, **_validated(headers or {})})
         self.url = address if security is None else f"https://{address}"
         self._sleep = sleep
         self._draw = draw
@@ -91,6 +95,15 @@ class Caller:
             transport.leave_to_parent()
         forks.keep(self._transports)
         self._transports, self._last_used = {}, None
+
+    def _sendable(self, headers: Headers) -> Headers:
+        """Return the headers. Raises InvalidArgument when their token would be sent to another machine in plaintext."""
+        if _TOKEN_HEADER in headers and not self._may_send_token:
+            raise InvalidArgument(
+                f"the token is not sent to {self.address} in plaintext: use https://{self.address}; or "
+                "plaintext_token=True, where nobody on the way is to be feared"
+            )
+        return headers
 
     def deadline(self, timeout_s: Timeout) -> Deadline:
         """Return the deadline of a method that makes several calls, for all of these. Raises InvalidArgument."""
@@ -289,7 +302,7 @@ class Caller:
 
         The span is not made current: a stream may outlive the context.
         """
-        sent = {**self._headers, **_validated(headers)} if headers else self._headers
+        sent = {**self._headers, **self._sendable(_validated(headers))} if headers else self._headers
         service, _, name = method.path.strip("/").partition("/")
         attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name, "server.address": self.address}
         span = self._tracer.start_span(f"{service}/{name}", kind=SpanKind.CLIENT, attributes=attributes)
@@ -321,14 +334,24 @@ def _validated_retries(retries: int) -> int:
     return retries
 
 
+def _validated_tenant(tenant: str) -> str:
+    if not isinstance(tenant, str):
+        raise InvalidArgument(f"tenant: expected text, got {tenant!r}")
+    return tenant
+
+
 def _validated_token(token: str) -> str:
     # The message never has the token.
-    if not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]+", token):
+    if not isinstance(token, str):
+        raise InvalidArgument(f"token: expected text, got {type(token).__name__}")
+    if not re.fullmatch(r"[\x21-\x7e]+", token):
         raise InvalidArgument("the token has characters that no header carries: expected printable ASCII, no spaces")
     return token
 
 
 def _validated(headers: Headers) -> Headers:
+    if not isinstance(headers, Mapping):
+        raise InvalidArgument(f"headers: expected a mapping of names to values, got {type(headers).__name__}")
     for key, value in headers.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise InvalidArgument(f"header {key!r}: expected text for name and value, got {value!r}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 
 import shoal
@@ -48,13 +49,10 @@ def test_a_token_is_never_in_an_error_and_in_plaintext_only_where_that_is_said(m
         ("s3cret", "h.example:1", r"the token is not sent to h\.example:1 in plaintext: use https"),
         ("s3 cret", FAR, "the token has characters"),
         ("s3cret\n", FAR, "the token has characters"),
-        (b"s3cret", FAR, "the token has characters"),
     ):
         with pytest.raises(InvalidArgument, match=named) as caught:
-            shoal.AsyncClient(address, token=token)  # type: ignore[arg-type]
+            shoal.AsyncClient(address, token=token)
         assert "s3" not in caught.value.message
-    with pytest.raises(InvalidArgument, match="in plaintext"):
-        shoal.AsyncClient("h.example:1", headers={"Authorization": "Bearer s3cret"})
     shoal.AsyncClient("h.example:1", token="s3cret", plaintext_token=True)
     shoal.AsyncClient("127.0.0.1:1", token="s3cret")
     monkeypatch.setenv("SHOAL_TOKEN", "s3cret")
@@ -62,6 +60,44 @@ def test_a_token_is_never_in_an_error_and_in_plaintext_only_where_that_is_said(m
     with pytest.raises(InvalidArgument, match="in plaintext"):
         shoal.AsyncClient("h.example:1")
     shoal.AsyncClient("h.example:1", token="")
+
+
+@pytest.mark.parametrize("token", [b"s3cret", 5, 0, b"", ["s3cret"]], ids=repr)
+def test_a_token_that_is_no_text_is_named_by_its_type(token: Any) -> None:
+    with pytest.raises(InvalidArgument, match=f"token: expected text, got {type(token).__name__}") as caught:
+        shoal.Client(FAR, token=token)
+    assert "s3cret" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"address": 5}, "address: expected HOST:PORT or https://HOST:PORT, got 5"),
+        ({"address": 0}, "address: expected"),
+        ({"address": b"h:1"}, "address: expected"),
+        ({"address": FAR, "tenant": 5}, "tenant: expected text, got 5"),
+        ({"address": FAR, "tenant": b"acme"}, "tenant: expected text"),
+        ({"address": FAR, "headers": 5}, "headers: expected a mapping of names to values, got int"),
+        ({"address": FAR, "headers": [("x-a", "b")]}, "headers: expected a mapping"),
+    ],
+    ids=str,
+)
+def test_arguments_of_wrong_types_are_named(arguments: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidArgument, match=named):
+        shoal.Client(**arguments)
+
+
+async def test_a_token_in_headers_is_guarded_like_one_in_its_own_argument() -> None:
+    bearer = {"Authorization": "Bearer s3cret"}
+    with pytest.raises(InvalidArgument, match=r"the token is not sent to h\.example:1 in plaintext") as caught:
+        shoal.AsyncClient("http://h.example:1", headers=bearer)
+    assert "s3cret" not in caught.value.message
+    for address in (FAR, "127.0.0.1:1", "unix:/s"):
+        shoal.AsyncClient(address, headers=bearer)
+    shoal.AsyncClient("h.example:1", headers=bearer, plaintext_token=True)
+    async with shoal.AsyncClient("h.example:1") as client:
+        with pytest.raises(InvalidArgument, match="in plaintext"):
+            await client.infer("m", {"x": np.zeros(1, np.float32)}, headers=bearer)
 
 
 @contextlib.asynccontextmanager

@@ -25,6 +25,12 @@ MALFORMED: dict[str, Fields] = {
     "a second path": [(b":path", b"/test.Test/Other")],
     "an unknown pseudo-header": [(b":name", b"a")],
     "a header of HTTP/1": [(b"transfer-encoding", b"chunked")],
+    "two lengths": [(b"content-length", b"10"), (b"content-length", b"11")],
+    "a list of lengths": [(b"content-length", b"10, 10")],
+    "a length that is no number": [(b"content-length", b"ten")],
+    "a negative length": [(b"content-length", b"-10")],
+    "an empty length": [(b"content-length", b"")],
+    "an endless length": [(b"content-length", b"1" * 5_000)],
 }
 
 
@@ -43,6 +49,66 @@ async def test_a_malformed_request_is_reset_and_the_call_beside_it_goes_on(name:
         malformed, bystander = await asyncio.to_thread(ask_beside, server.address, MALFORMED[name])
         assert (malformed.reset, bystander.messages) == (Reason.PROTOCOL_ERROR, [b"whole"])
         assert not later.calls
+
+
+def ask_with_length(address: str, pieces: Sequence[bytes], end: str, lengths: Sequence[int]) -> tuple[Answer, Answer]:
+    """Begin a call, make one with `lengths` whose body is `pieces`, and end the first. Return the answers of both."""
+    with Connection(address) as connection:
+        bystander = connection.open(ECHO)
+        stream = connection.open(ECHO, more=[(b"content-length", b"%d" % length) for length in lengths])
+        for piece in pieces:
+            # Padding is no part of the body.
+            connection.h2.send_data(stream, piece, pad_length=3)
+        if end == "trailers":
+            connection.h2.send_headers(stream, [(b"x", b"y")], end_stream=True)
+        else:
+            connection.h2.end_stream(stream)
+        connection.flush()
+        answer = connection.answer(stream)
+        connection.send(bystander, framed(b"whole"), end=True)
+        return answer, connection.answer(bystander)
+
+
+WHOLE = framed(b"abc")
+
+
+@pytest.mark.parametrize("lengths", [[7], [9], [0], [1 << 60]], ids=str)
+@pytest.mark.parametrize(
+    ("pieces", "end"), [([WHOLE], "data"), ([WHOLE[:3], WHOLE[3:]], "data"), ([WHOLE], "trailers")], ids=str
+)
+async def test_a_body_of_another_length_than_it_announces_resets_its_stream(
+    pieces: list[bytes], end: str, lengths: list[int]
+) -> None:
+    async with serving() as (server, _):
+        answer, bystander = await asyncio.to_thread(ask_with_length, server.address, pieces, end, lengths)
+        assert (answer.reset, answer.messages) == (Reason.PROTOCOL_ERROR, [])
+        assert bystander.messages == [b"whole"]
+
+
+async def test_a_request_that_ends_with_its_headers_has_no_length() -> None:
+    def ask(address: str) -> Answer:
+        with Connection(address) as connection:
+            stream = connection.h2.get_next_available_stream_id()
+            fields = [(":method", "GET"), (":scheme", "http"), (":path", ECHO), ("content-length", "5")]
+            connection.answers[stream] = Answer()
+            connection.h2.send_headers(stream, fields, end_stream=True)
+            connection.flush()
+            return connection.answer(stream)
+
+    async with serving() as (server, _):
+        assert (await asyncio.to_thread(ask, server.address)).reset == Reason.PROTOCOL_ERROR
+
+
+@pytest.mark.parametrize("lengths", [[], [len(WHOLE)], [len(WHOLE)] * 2], ids=str)
+@pytest.mark.parametrize(
+    ("pieces", "end"), [([WHOLE], "data"), ([WHOLE[:3], WHOLE[3:]], "data"), ([WHOLE], "trailers")], ids=str
+)
+async def test_a_body_of_the_length_that_it_announces_is_served(
+    pieces: list[bytes], end: str, lengths: list[int]
+) -> None:
+    async with serving() as (server, _):
+        answer, _ = await asyncio.to_thread(ask_with_length, server.address, pieces, end, lengths)
+        assert (answer.reset, answer.messages) == (None, [b"abc"])
 
 
 def ask_with_trailers(address: str, trailers: Fields, flags: int) -> tuple[int | None, bytes]:

@@ -132,6 +132,20 @@ async def test_messages_are_records_of_either_form(world: World) -> None:
     assert second["results"][0]["response"]["raw_output_contents"] == ["AP8="]
 
 
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        ("text/event-stream;q=0, application/x-ndjson", "application/x-ndjson"),
+        ("application/x-ndjson, TEXT/event-stream ; charset=utf-8 ; Q=0.00", "application/x-ndjson"),
+        ("text/event-streams", "application/x-ndjson"),
+        ('application/json;profile="text/event-stream"', "application/x-ndjson"),
+        ("application/x-ndjson;q=0, Text/Event-Stream;charset=utf-8;q=0.1", "text/event-stream"),
+    ],
+)
+async def test_a_stream_has_events_only_where_the_request_accepts_them(world: World, accept: str, kind: str) -> None:
+    assert (await world.get(RESULTS, f"Accept: {accept}")).headers["content-type"] == kind
+
+
 async def test_a_query_sets_fields_and_is_refused_by_name(world: World) -> None:
     query = "filter.model_name=a%20b&filter.job_ids=1&filter.job_ids=2&filter.labels.k.x=v&omit_response=true"
     assert (await world.get(f"{RESULTS}?{query}&filter.since=2026-11-28T12:00:00Z&cursor=c")).status == 200

@@ -189,6 +189,7 @@ async def test_paths_that_callers_make_up_and_forged_callers_are_not_told_apart(
         ("GET", "/shoal/v1/jobs?page_size=3", "/shoal.ingest.v1.IngestService/ListJobs"),
         ("POST", "/shoal/v1/keys/k-1:revoke", "/shoal.coord.v1.AccessService/RevokeKey"),
         ("PUT", "/shoal/v1/keys/k-1:revoke", "another path"),
+        ("POST", "/v2/models/a/in%66er", "another path"),
     ],
 )
 async def test_a_refusal_of_rest_or_json_names_its_rpc(

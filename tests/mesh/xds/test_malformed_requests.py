@@ -128,11 +128,23 @@ async def test_the_scheme_has_any_case_and_no_other_scheme_is_taken(gateway: Gat
     for scheme in ("Basic", "Token", "x bearer", "bearers", "SHOAL", ""):
         answer = await call(gateway, good, scheme=scheme)
         assert answer.status == Code.UNAUTHENTICATED, scheme
-        assert answer.message.startswith("the header 'authorization' has no key: send 'Bearer shoal_...'"), (
+        assert answer.message.startswith("the header 'authorization' has no key, or more than one: send one"), (
             answer.message
         )
     # A prefix is not the scheme's.
     assert (await call(gateway, good.upper())).status == Code.UNAUTHENTICATED
+
+
+async def test_a_call_with_two_tokens_is_refused_in_any_order(gateway: Gateway) -> None:
+    good = f"Bearer {key(gateway.signer).text}"
+    for first, second in (("Bearer x", good), (good, "Bearer x"), (good, good), ("Basic x", good)):
+        tokens = "".join(f"authorization: {value}\r\n" for value in (first, second))
+        end = f"host: localhost\r\n{tokens}connection: close\r\ncontent-length: 2\r\n\r\n{{}}"
+        status, _, body = await http(gateway, f"POST {INFER} HTTP/1.1\r\n{end}")
+        assert (status, "or more than one: send one" in body) == (401, True), (first, second, body)
+        more = ((b"authorization", second.encode()),)
+        answer = await call(gateway, "", more=more, scheme=first)
+        assert answer.status == Code.UNAUTHENTICATED, (first, second)
 
 
 @pytest.mark.parametrize(

@@ -255,9 +255,6 @@ async def test_artifacts_are_added_up(store: Store) -> None:
 @pytest.mark.parametrize(
     ("request_", "word"),
     [
-        # Without either, every tenant would have a quota of 0.
-        (pb.SetQuotaRequest(), "bytes, remove: set one of them"),
-        (pb.SetQuotaRequest(bytes=1, remove=True), "bytes, remove: set one of them"),
         (pb.SetQuotaRequest(bytes=-1), "bytes"),
         (pb.SetQuotaRequest(bytes=(1 << 60) + 1), "bytes"),
         (pb.SetQuotaRequest(bytes=1, tenant="t" * 1_025), "tenant"),
@@ -270,6 +267,22 @@ async def test_artifacts_are_added_up(store: Store) -> None:
 async def test_hostile_requests_are_named(shared_store: Store, request_: Any, word: str) -> None:
     call = shared_store.stub.SetQuota if isinstance(request_, pb.SetQuotaRequest) else shared_store.stub.ListUsage
     await refused(call(request_), BAD, word)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"tenant": "zz"}, {"remove": False}, {"bytes": 5, "remove": True}, {"bytes": 0, "remove": True}],
+    ids=str,
+)
+async def test_a_quota_is_neither_set_nor_removed_unless_the_request_says_which(
+    store: Store, fields: dict[str, Any]
+) -> None:
+    await quota(store, 7 * RECORD, fields.get("tenant"))
+    await put(store, result("a", FAILED, tenant="zz"))
+    await refused(store.stub.SetQuota(pb.SetQuotaRequest(**fields)), BAD, "bytes, remove: set one of them")
+    await until_usage(store, {"zz": (1, RECORD)})
+    (found,) = (await store.stub.ListUsage(pb.ListUsageRequest())).usages
+    assert found.quota_bytes == 7 * RECORD
 
 
 async def test_every_question_uses_an_index(collections: Collections, mongo_uri: str, mongo_database: str) -> None:
