@@ -128,7 +128,7 @@ class Policies:
             return
         last = max(known, key=lambda one: one.version)
         try:
-            policy = await asyncio.to_thread(_validated, last.document, last.files or {})
+            policy = await asyncio.to_thread(_validated, last.document, last.files or {}, is_new=False)
         except InvalidArgument as err:
             raise FailedPrecondition(
                 f"etcd has lost the policy, and version {last.version}, the last one, is not valid any more "
@@ -295,7 +295,7 @@ def _keys(issuer: Issuer) -> list[Mapping[str, Any]]:
     return list((issuer.jwks or {}).get("keys", ()))
 
 
-def _validated(document: str, files: Mapping[str, str]) -> Policy:
+def _validated(document: str, files: Mapping[str, str], *, is_new: bool = True) -> Policy:
     size = len(document.encode()) + sum(len(text.encode()) for text in files.values())
     if size > DOCUMENT_BYTES:
         raise InvalidArgument(f"the document and its files of keys have {size} bytes, of at most {DOCUMENT_BYTES}")
@@ -305,7 +305,7 @@ def _validated(document: str, files: Mapping[str, str]) -> Policy:
             raise InvalidArgument(f"the file {name} of the document is missing in the call")
         return files[str(name)]
 
-    policy = policies.resolved(policies.parse(document), read)
+    policy = policies.resolved(policies.parse(document, is_new=is_new), read)
     limits.check(policy.limits)
     return policy
 

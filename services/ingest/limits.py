@@ -10,7 +10,6 @@ from shoal.errors import InvalidArgument
 
 REQUEST_BYTES = 12 << 20
 KEY_CHARS = 128
-TENANT_CHARS = 64
 CALLER_BYTES = 4 << 10
 """Longest claims that are stored with a job: those of a token with a few groups take less than a tenth."""
 LABELS = 64

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from shoal.access.patterns import matches_any
-from shoal.access.policy import ANY, KEY_ID, Grant, Issuer, Policy, is_name
+from shoal.access.policy import ANY, KEY_ID, TENANT_CHARS, Grant, Issuer, Policy, is_tenant
 from shoal.access.rpc_groups import GROUP_OF, INFERS_LATER, INTERNAL, MODEL_INFER
 from shoal.errors import Unauthenticated
 
@@ -197,8 +197,11 @@ def _optional(claims: Mapping[str, Any], path: str | None) -> str:
 
 def _tenant(claims: Mapping[str, Any], path: str | None, issuer: Issuer) -> str:
     found = _optional(claims, path)
-    if not is_name(found):
-        raise Unauthenticated(f"the token of {issuer.issuer} has no name of a tenant in its claim {path!r}")
+    if not is_tenant(found):
+        raise Unauthenticated(
+            f"the token of {issuer.issuer} has no name of a tenant in its claim {path!r}: expected at most "
+            f"{TENANT_CHARS} of letters, digits and . _ @ : / + -, a letter or digit first"
+        )
     return found
 
 

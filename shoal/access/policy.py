@@ -66,11 +66,28 @@ BUILTIN_ROLES: Mapping[str, tuple[str, ...]] = {
 }
 """Groups of the roles that every policy has. No role has `code`: a grant must name it."""
 
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9._@:/+-]{0,127}$"
+TENANT_CHARS = 64
+"""Longest name of a tenant."""
+NAME_CHARS = 128
+"""Longest name of a role, a grant or a subject of a key."""
+_NAME = rf"^[A-Za-z0-9][A-Za-z0-9._@:/+-]{{0,{NAME_CHARS - 1}}}$"
 Name = Annotated[str, Field(pattern=_NAME)]
 NameOrAny = Annotated[str, Field(pattern=r"^(\*|[A-Za-z0-9][A-Za-z0-9._@:/+|-]*)$", max_length=255)]
 Pattern = Annotated[str, Field(min_length=1, max_length=255)]
 Names = Annotated[tuple[NameOrAny, ...], Field(min_length=1, max_length=NAMES)]
+
+
+def _checked_tenant(text: str, info: ValidationInfo) -> str:
+    # Policies that were applied stay valid.
+    if info.context and len(text) > TENANT_CHARS:
+        raise ValueError(f"a tenant has at most {TENANT_CHARS} characters, not {len(text)}: give it a shorter name")
+    return text
+
+
+Tenant = Annotated[Name, AfterValidator(_checked_tenant)]
+Tenants = Annotated[
+    tuple[Annotated[NameOrAny, AfterValidator(_checked_tenant)], ...], Field(min_length=1, max_length=NAMES)
+]
 Group = Literal["health", "read", "infer", "jobs", "models", "code", "operate", "administer"]
 GroupOrAny = Literal["*", "health", "read", "infer", "jobs", "models", "code", "operate", "administer"]
 Host = Annotated[
@@ -160,7 +177,7 @@ class Issuer(_Part):
     """Difference between the clocks of issuer and server, in seconds."""
     token_prefix: Literal["", "shoal_"] = ""
     """Prefix of the issuer's tokens after `Bearer `. `shoal_`: keys that `shoal keys create` made."""
-    tenant: Name | None = None
+    tenant: Tenant | None = None
     """Tenant of every caller of this issuer, instead of a claim."""
     role: Name | None = None
     """Role of every caller of this issuer, instead of a claim."""
@@ -216,7 +233,7 @@ class Grant(_Part):
     """One rule: a caller in all of `tenants`, `roles` and `subjects` may, or with `deny` may not, call `groups`."""
 
     name: Name
-    tenants: Names = (ANY,)
+    tenants: Tenants = (ANY,)
     roles: Names = (ANY,)
     subjects: Names = (ANY,)
     by_name: bool = False
@@ -247,8 +264,8 @@ class Limit(_Part):
     key or model (`per`) has numbers of its own."""
 
     name: Name
-    tenants: Names = (ANY,)
-    except_tenants: Annotated[tuple[Name, ...], Field(max_length=NAMES)] = ()
+    tenants: Tenants = (ANY,)
+    except_tenants: Annotated[tuple[Tenant, ...], Field(max_length=NAMES)] = ()
     """Tenants of `tenants` for which the limit does not hold."""
     roles: Names = (ANY,)
     subjects: Names = (ANY,)
@@ -329,7 +346,7 @@ class Cors(_Part):
 class Audit(_Part):
     """Calls in the audit log of a node beside acts and refusals."""
 
-    reads: Annotated[tuple[NameOrAny, ...], Field(max_length=NAMES)] = ()
+    reads: Annotated[tuple[Annotated[NameOrAny, AfterValidator(_checked_tenant)], ...], Field(max_length=NAMES)] = ()
     """Tenants whose reads of payloads and results are written; `*`: all."""
 
     def is_of(self, tenant: str) -> bool:
@@ -431,8 +448,13 @@ def check_url(url: str) -> None:
 
 
 def is_name(text: str) -> bool:
-    """Return True when `text` can be the name of a tenant, a role or a grant."""
+    """Return True when `text` can be the name of a role or a grant."""
     return re.match(_NAME, text) is not None and not text.endswith("\n")
+
+
+def is_tenant(text: str) -> bool:
+    """Return True when `text` can be the name of a tenant."""
+    return is_name(text) and len(text) <= TENANT_CHARS
 
 
 def _check_distinct(names: list[str], what: str) -> None:
@@ -595,8 +617,11 @@ def _read(path: Path) -> str:
         raise InvalidArgument(f"{path}: byte {err.start} is no UTF-8") from err
 
 
-def parse(text: str, source: str = "policy") -> Policy:
+def parse(text: str, source: str = "policy", *, is_new: bool = True) -> Policy:
     """Return the policy of a YAML document.
+
+    Args:
+        is_new: False: the document was applied before, and may have names that are refused today.
 
     Raises:
         InvalidArgument: each line of the message names one error: source, line, path in the document, and remedy.
@@ -619,7 +644,7 @@ def parse(text: str, source: str = "policy") -> Policy:
     except (AttributeError, LookupError, TypeError) as err:
         raise InvalidArgument(f"{source}: not YAML: a value does not fit its tag: leave out tags (!!...)") from err
     try:
-        return Policy.model_validate(document, context={"is_new": True})
+        return Policy.model_validate(document, context={"is_new": True} if is_new else None)
     except ValidationError as err:
         raise InvalidArgument("\n".join(_lines(err, root, source))) from err
 

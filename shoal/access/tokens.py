@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.access.policy import Issuer, Policy, is_name
+from shoal.access.policy import NAME_CHARS, TENANT_CHARS, Issuer, Policy, is_name
 from shoal.errors import AlreadyExists, InvalidArgument, Unauthenticated
 
 if TYPE_CHECKING:
@@ -162,14 +162,14 @@ def create_key(
         raise InvalidArgument("a key lives 1 second to 10 years")
     if not models:
         raise InvalidArgument("models: name at least one pattern; '*': all models")
-    for what, names in (
-        ("tenant", [tenant]),
-        ("role", [role]),
-        ("subject", [subject] if subject else []),
-        ("grant", grants),
+    for what, names, most in (
+        ("tenant", [tenant], TENANT_CHARS),
+        ("role", [role], NAME_CHARS),
+        ("subject", [subject] if subject else [], NAME_CHARS),
+        ("grant", grants, NAME_CHARS),
     ):
         for name in names:
-            _check_name(what, name)
+            _check_name(what, name, most)
     for pattern in models:
         if not pattern or len(pattern) > 255 or any(char.isspace() or char == "," for char in pattern):
             raise InvalidArgument(f"models: {pattern!r} is no pattern: at most 255 characters, no spaces or commas")
@@ -197,10 +197,10 @@ def jose_header(kid: str) -> str:
     return base64.urlsafe_b64encode(header.encode()).rstrip(b"=").decode()
 
 
-def _check_name(what: str, name: str) -> None:
-    if not is_name(name):
+def _check_name(what: str, name: str, most: int) -> None:
+    if not is_name(name) or len(name) > most:
         raise InvalidArgument(
-            f"{what}: {name!r}: at most 128 of letters, digits and . _ @ : / + -, a letter or digit first"
+            f"{what}: {name!r}: at most {most} of letters, digits and . _ @ : / + -, a letter or digit first"
         )
 
 

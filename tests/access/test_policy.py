@@ -166,6 +166,31 @@ def test_a_claim_with_a_dot_in_its_name_is_refused_in_a_document_and_an_applied_
     assert Policy.model_validate(document(signer, issuers=[issuer(signer, **named)])).issuers[0].claims is not None
 
 
+def test_a_tenant_with_a_name_that_no_job_can_have_is_refused_and_an_applied_policy_stays_valid(signer: Signer) -> None:
+    long, longest = "a" * 65, "b" * 64
+
+    def parts(name: str) -> dict[str, Any]:
+        return {
+            "issuers": [issuer(signer, tenant=name)],
+            "grants": [{"name": "a", "models": ["*"], "tenants": [name]}],
+            "limits": [{"name": "l", "rows_per_second": 1, "tenants": [name], "except_tenants": [name]}],
+            "audit": {"reads": [name]},
+        }
+
+    errors = error_of(signer, **parts(long))
+    said = "a tenant has at most 64 characters, not 65: give it a shorter name"
+    for place in (
+        "issuers[0].tenant",
+        "grants[0].tenants[0]",
+        "limits[0].tenants[0]",
+        "limits[0].except_tenants[0]",
+        "audit.reads[0]",
+    ):
+        assert f"{place}: {said}" in errors
+    assert Policy.model_validate(document(signer, **parts(long))).issuers[0].tenant == long
+    assert policy(signer, **parts(longest)).issuers[0].tenant == longest
+
+
 def test_a_set_of_keys_that_is_no_json_is_refused(signer: Signer, tmp_path: Path) -> None:
     file, keys = tmp_path / "policy.yaml", tmp_path / "k.json"
     named = issuer(signer)

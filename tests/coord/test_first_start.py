@@ -20,7 +20,7 @@ from services.coord.first_start import FirstStart
 from services.coord.policies import FIRST, Applied, Policies
 from services.coord.policy_copy import PolicyCopy, Saved
 from shoal.access import cluster
-from shoal.errors import Aborted, FailedPrecondition
+from shoal.errors import Aborted, FailedPrecondition, InvalidArgument
 from tests.breakable import until
 
 CLOSED = FIRST + "  # closed\n"
@@ -182,6 +182,14 @@ async def test_a_policy_in_place_of_a_lost_one_continues_the_history() -> None:
     await store.policies().apply(FIRST, {}, None, [], force=True)
     assert [one.version for one in await store.policies().history()] == [6, 5]
     assert store.version == 6
+
+
+async def test_a_lost_policy_with_a_name_that_a_new_one_may_not_have_is_restored() -> None:
+    store, long = Store(), FIRST.replace("tenants: [local]", f"tenants: [local, {'a' * 65}]")
+    with pytest.raises(InvalidArgument, match="a tenant has at most 64 characters"):
+        await store.policies().apply(long, {}, None, [])
+    await store.policies().begin(saved(4, long))
+    assert await store.document() == long
 
 
 async def test_a_copy_that_cannot_be_read_is_made_anew_from_a_policy_that_was_applied(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ from services.ingest.batches.readers import naming_file, open_pinned
 from services.ingest.batches.rows.signature import Signature
 from services.ingest.intake.submission import at_most, digest_of, labels_of
 from services.ingest.job_access import checked_caller
-from services.ingest.limits import KEY_CHARS, MODEL_NAME_CHARS, MODEL_VERSION_CHARS, MOST_ATTEMPTS, TENANT_CHARS
+from services.ingest.limits import KEY_CHARS, MODEL_NAME_CHARS, MODEL_VERSION_CHARS, MOST_ATTEMPTS
+from shoal.access.policy import TENANT_CHARS
 from shoal.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from shoal.ingest.v1 import ingest_pb2 as pb
 

@@ -29,8 +29,8 @@ from services.ingest.limits import (
     MODEL_NAME_CHARS,
     MODEL_VERSION_CHARS,
     MOST_ATTEMPTS,
-    TENANT_CHARS,
 )
+from shoal.access.policy import TENANT_CHARS
 
 NAME = r"^[a-z0-9][a-z0-9_-]{0,39}$"
 _OWN_LABELS = 2

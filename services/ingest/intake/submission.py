@@ -28,11 +28,11 @@ from services.ingest.limits import (
     REQUEST_BYTES,
     SCHEDULED,
     SOURCE_LABEL,
-    TENANT_CHARS,
     ms_of,
 )
 from services.ingest.messages import moment_of
 from services.ingest.tenant_queue import LEAST_PRIORITY, MOST_PRIORITY
+from shoal.access.policy import TENANT_CHARS
 from shoal.errors import Code, InvalidArgument
 from shoal.ingest.v1 import ingest_pb2 as pb
 

@@ -11,8 +11,8 @@ from datetime import datetime, timedelta
 from typing import Final, Literal, TypeAlias
 
 from services.ingest.job import FINAL, Job, State
-from services.ingest.limits import TENANT_CHARS
 from services.ingest.tenants.settings import EVERYONE
+from shoal.access.policy import TENANT_CHARS
 from shoal.errors import InvalidArgument
 
 SHORTEST = timedelta(minutes=1)

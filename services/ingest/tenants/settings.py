@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
 
-from services.ingest.limits import TENANT_CHARS
+from shoal.access.policy import TENANT_CHARS
 from shoal.errors import InvalidArgument
 
 EVERYONE = "*"

@@ -88,7 +88,7 @@ def test_arguments_of_wrong_types_are_named(arguments: dict[str, Any], named: st
 
 
 async def test_a_token_in_headers_is_guarded_like_one_in_its_own_argument() -> None:
-    bearer = {"Authorization": "Bearer s3cret"}
+    bearer = {"authorization": "Bearer s3cret"}
     with pytest.raises(InvalidArgument, match=r"the token is not sent to h\.example:1 in plaintext") as caught:
         shoal.AsyncClient("http://h.example:1", headers=bearer)
     assert "s3cret" not in caught.value.message
