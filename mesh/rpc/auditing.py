@@ -14,13 +14,12 @@ import inspect
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
-from contextvars import Token
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
-from opentelemetry import context, trace
+from opentelemetry import trace
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 
 from mesh.process.config import ServiceConfig
@@ -29,7 +28,7 @@ from mesh.rpc.access import Access, caller_in
 from mesh.rpc.audit_log import AuditLog, CountedEvents
 from mesh.rpc.channel import AnyChannel
 from mesh.rpc.client.channel import Channel
-from mesh.rpc.interceptors import status_of, translated
+from mesh.rpc.interceptors import attached, status_of, translated
 from shoal.access.audit import (
     ACT,
     AUDITED,
@@ -294,16 +293,8 @@ def _traced() -> Iterator[None]:
         yield
         return
     begun = trace.SpanContext(_IDS.generate_trace_id(), _IDS.generate_span_id(), is_remote=False)
-    token: Token[context.Context] | None = context.attach(trace.set_span_in_context(trace.NonRecordingSpan(begun)))
-    try:
+    with attached(trace.set_span_in_context(trace.NonRecordingSpan(begun))):
         yield
-    except GeneratorExit:
-        # The stream was closed from another task, whose context must stay as it is.
-        token = None
-        raise
-    finally:
-        if token is not None:
-            context.detach(token)
 
 
 def _target_of(request: Any) -> str:

@@ -209,17 +209,26 @@ class ServerInterceptor:
         span = self._tracer.start_span(method.lstrip("/"), parent, SpanKind.SERVER, _SPAN_ATTRIBUTES)
         if span.is_recording() and (tenant := self._tenant_of(carrier)):
             span.set_attribute(TENANT, tenant)
-        token: Token[context.Context] | None = context.attach(trace.set_span_in_context(span, parent))
         try:
-            yield span
-        except GeneratorExit:
-            # The stream was closed from another task, whose context must stay as it is.
-            token = None
-            raise
+            with attached(trace.set_span_in_context(span, parent)):
+                yield span
         finally:
-            if token is not None:
-                context.detach(token)
             span.end()
+
+
+@contextmanager
+def attached(current: context.Context) -> Iterator[None]:
+    """Make a context of traces the current one in the block, which may be a part of an async generator."""
+    token: Token[context.Context] | None = context.attach(current)
+    try:
+        yield
+    except GeneratorExit:
+        # The stream was closed from another task, whose context must stay as it is.
+        token = None
+        raise
+    finally:
+        if token is not None:
+            context.detach(token)
 
 
 def _unimplemented(method: str) -> Callable[..., Awaitable[Any]]:
