@@ -30,8 +30,8 @@ from mesh.rest.json_text import PARSER, parsed_bytes
 from mesh.rest.target import Target
 from mesh.rest.tenant_lock import TenantLock
 from mesh.rpc import status, tail_spans
-from mesh.rpc.access import CALLER, tenant_of
-from mesh.rpc.auditing import ADDRESS, Auditing
+from mesh.rpc.access import ADDRESS, CALLER, tenant_of
+from mesh.rpc.auditing import Auditing
 from mesh.rpc.call_context import CallContext
 from mesh.rpc.fast_spans import FastTracer
 from mesh.rpc.framing import (
@@ -51,7 +51,7 @@ from mesh.rpc.heavy_work import Steps
 from mesh.rpc.held_shares import CallLimits
 from mesh.rpc.interceptors import FAILURES, log_error, status_of
 from mesh.rpc.parsing import UNSCANNED_BYTES, parse_in_turn
-from mesh.rpc.slow_call import SIGNER, CallTable
+from mesh.rpc.slow_call import CallTable
 from mesh.rpc.stream_memory import StreamMemory
 from mesh.rpc.tail_spans import MODEL, NO_ATTRIBUTES, Attributes
 from shoal.access.audit import AUDITED
@@ -308,7 +308,7 @@ class RestCall(StreamMemory):
         access = self._app.access
         if access is None:
             return self.headers.get(TENANT, b"").decode("latin-1")
-        caller = access.check(self.target.rpc, self.headers.get(CALLER), self.target.model)
+        caller = access.check_call(self.target.rpc, self.headers, self.target.model)
         return "" if caller is None else caller.tenant
 
     @property
@@ -477,7 +477,7 @@ class RestCall(StreamMemory):
         if access is None:
             await self._admitted()
         else:
-            with access.open_call(self.target.rpc, self.headers.get(CALLER), self.end, self.headers.get(SIGNER)):
+            with access.open_call(self.target.rpc, self.headers, self.end):
                 await self._admitted()
 
     async def _admitted(self) -> None:
@@ -502,7 +502,7 @@ class RestCall(StreamMemory):
         auditing, target = self._app.auditing, self.target
         if auditing is None or target.rpc not in AUDITED:
             return contextlib.nullcontext()
-        address = self.headers.get(ADDRESS.encode(), b"").decode("latin-1")
+        address = self.headers.get(ADDRESS, b"").decode("latin-1")
         return auditing.act(target.rpc, self.headers.get(CALLER), address, target.model)
 
     async def _reply(self, reply: Reply) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 from mesh.process.tasks import Background
 from mesh.rpc.held_shares import CallLimits, HeldShares
 from shoal.access import caller_header
-from shoal.access.caller_header import CALLER_HEADER, CONNECTOR, LAUNCHER, SERVICE
+from shoal.access.caller_header import CALLER_HEADER, CONNECTOR, LAUNCHER, SERVICE, SIGNER_HEADER
 from shoal.access.cluster import signer_in
 from shoal.access.decision import MODEL_NAME, Applicable, Caller, Decision, caller_of, connector, deciding_claims
 from shoal.access.limits import applicable
@@ -38,10 +38,17 @@ log = logging.getLogger(__name__)
 _CALLERS = 8192
 # Cached decisions of one caller, who chooses the names of models.
 _DECISIONS = 1024
+# Callers whose addresses are remembered, and addresses of one. Beyond it, all callers are new again, and all further
+# addresses are one.
+_SIGNED_IN, _ADDRESSES = 8192, 32
+_FURTHER = b"*"
 # Pause between two checks for expired tokens of open calls.
 _EXPIRY_CHECK_S = 2.0
 
 CALLER, _TENANT = CALLER_HEADER.encode(), TENANT_HEADER.encode()
+ADDRESS = b"x-envoy-external-address"
+"""Header with the caller's address, which Envoy sets whatever the caller sends."""
+_SIGNER = SIGNER_HEADER.encode()
 # Values of the header without claims.
 _UNNAMED = (None, LAUNCHER, SERVICE)
 _ALLOWED = Decision(True, "a check of the server's health, its launcher, or a service of the mesh")
@@ -70,11 +77,13 @@ def tenant_of(access: Access | None, headers: Mapping[bytes, bytes]) -> str:
 class _Known:
     """A caller and the decisions about its calls."""
 
-    __slots__ = ("_decisions", "applicable", "caller", "inferable", "job_limits", "limits", "storable")
+    __slots__ = ("_decisions", "addresses", "applicable", "caller", "inferable", "job_limits", "limits", "storable")
 
-    def __init__(self, applicable: Applicable) -> None:
+    def __init__(self, applicable: Applicable, addresses: set[bytes]) -> None:
         self.applicable = applicable
         self.caller = applicable.caller
+        self.addresses = addresses
+        """Addresses from which the caller has come; empty: of a call without one."""
         self.inferable: set[str] = set()
         """Models of which the caller may call ModelInfer."""
         self.storable = b""
@@ -118,6 +127,11 @@ class Access(Background):
         """True when the policy has limits that this server counts."""
         self._shares_epoch = 0
         self._followers: list[Callable[[Policy], None]] = []
+        self.on_sign_in: Callable[[str, Caller, bytes], None] | None = None
+        """Called at the first call that a caller may make from an address: with the RPC, the caller, and the address;
+        empty for addresses beyond those that are told apart."""
+        # By what tells callers apart. They stay when the policy changes.
+        self._addresses: dict[tuple[str, str, str, str], set[bytes]] = {}
         if policy is not None:
             self._set_limits(policy)
         self._callers: dict[bytes | None, _Known] = {}
@@ -171,12 +185,22 @@ class Access(Background):
         """Return the caller, whatever it may call; None for a service. Raises Unauthenticated for an invalid one."""
         return None if caller in _UNNAMED else self._known(caller).caller
 
-    def check_infer(self, caller: bytes | None, model: str) -> Caller | None:
-        """Return and raise as `check` does for ModelInfer. Two lookups for a decision that is cached."""
-        known = self._callers.get(caller)
-        if known is not None and model in known.inferable:
+    def check_call(self, rpc: str, headers: Mapping[bytes, bytes], model: str | None = None) -> Caller | None:
+        """Return and raise as `check` does, for the caller and the address in the headers of a call."""
+        caller = headers.get(CALLER)
+        found = self.check(rpc, caller, model)
+        if found is not None:
+            address, addresses = headers.get(ADDRESS, b""), self._known(caller).addresses
+            if address not in addresses:
+                self._sign_in(rpc, found, address, addresses)
+        return found
+
+    def check_infer(self, headers: Mapping[bytes, bytes], model: str) -> Caller | None:
+        """Return and raise as `check_call` does for ModelInfer. Two lookups for a decision that is cached."""
+        known = self._callers.get(headers.get(CALLER))
+        if known is not None and model in known.inferable and headers.get(ADDRESS, b"") in known.addresses:
             return known.caller
-        return self.check(MODEL_INFER, caller, model)
+        return self.check_call(MODEL_INFER, headers, model)
 
     def limits_of(self, caller: bytes | None, model: str, job_caller: bytes | None = None) -> CallLimits | None:
         """Return the shares in which a call for `model` counts that was checked; None when it counts in none.
@@ -222,28 +246,45 @@ class Access(Background):
         return known.storable
 
     @contextmanager
-    def open_call(
-        self, rpc: str, caller: bytes | None, end: Callable[[ShoalError], None], signer: bytes | None = None
-    ) -> Iterator[None]:
-        """Admit a call for as long as the block lasts. Raises as `check` does.
+    def open_call(self, rpc: str, headers: Mapping[bytes, bytes], end: Callable[[ShoalError], None]) -> Iterator[None]:
+        """Admit a call for as long as the block lasts. Raises as `check_call` does.
 
-        Args:
-            end: called at most once, when the call is not allowed any more.
-            signer: id of the key that has verified the caller's token, as the gateway passes it, unless the issuer's
-                name has it. A gateway may know a new key a moment earlier: the signer is checked only while the call is
-                open.
+        `end` is called at most once, when the call is not allowed any more. A gateway may know a signer's new key a
+        moment earlier: the signer that the headers name is checked only while the call is open.
         """
-        self.check(rpc, caller)
+        self.check_call(rpc, headers)
         # Its caller may take its own rights away: the call, a short one, ends with its own result.
         if rpc.startswith(ACCESS_SERVICE):
             yield
             return
         call = object()
-        self._open[call] = (rpc, caller, end, signer)
+        self._open[call] = (rpc, headers.get(CALLER), end, headers.get(_SIGNER))
         try:
             yield
         finally:
             self._open.pop(call, None)
+
+    def _sign_in(self, rpc: str, caller: Caller, address: bytes, addresses: set[bytes]) -> None:
+        if len(addresses) > _ADDRESSES:
+            if _FURTHER in addresses:
+                return
+            addresses.add(_FURTHER)
+            address = b""
+        else:
+            addresses.add(address)
+        if self.on_sign_in is not None:
+            self.on_sign_in(rpc, caller, address)
+
+    def _addresses_of(self, caller: Caller | None) -> set[bytes]:
+        if caller is None:
+            return {b""}
+        name = (caller.issuer, caller.tenant, caller.subject, caller.key)
+        found = self._addresses.get(name)
+        if found is None:
+            if len(self._addresses) >= _SIGNED_IN:
+                self._addresses.clear()
+            found = self._addresses[name] = {b""}
+        return found
 
     def _check_signer(self, caller: Caller | None, signer: bytes | None) -> None:
         """Raise Unauthenticated when the policy has the keys of the caller's issuer, and none with the signer's id."""
@@ -273,7 +314,8 @@ class Access(Background):
                 self._callers.clear()
             if self._policy is None:
                 raise Unavailable("this instance does not know the policy yet, and refuses every caller: retry")
-            known = self._callers[caller] = _Known(Applicable(self._policy, _verified(self._policy, caller)))
+            found = _verified(self._policy, caller)
+            known = self._callers[caller] = _Known(Applicable(self._policy, found), self._addresses_of(found))
         return known
 
     async def _run(self) -> None:

@@ -1,8 +1,9 @@
-"""Audit of a server's administrative acts: an entry before each, and another with its outcome; and of counted reads.
+"""Audit of a server's administrative acts: an entry before each, and another with its outcome; of sign-ins; of reads.
 
     call of shoal.access.audit.AUDITED ──> entry `act` ──durable──> handler ──> entry `outcome`, of the same trace
                                              └──cannot be written──> UNAVAILABLE, and nothing is done
     call of CONTENT_READS, by a tenant that the policy names ──> handler ──> counted, and written each second
+    first call of a key or token from an address ──> counted, and written each second
 
 An act whose outcome is missing may have been done: its process, or the audit log, ended meanwhile.
 """
@@ -24,7 +25,7 @@ from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 
 from mesh.process.config import ServiceConfig
 from mesh.process.tasks import end, log_failure
-from mesh.rpc.access import Access, caller_in
+from mesh.rpc.access import ADDRESS, Access, caller_in
 from mesh.rpc.audit_log import AuditLog, CountedEvents
 from mesh.rpc.channel import AnyChannel
 from mesh.rpc.client.channel import Channel
@@ -35,6 +36,7 @@ from shoal.access.audit import (
     CONTENT_READS,
     OUTCOME,
     READ,
+    SIGN_IN,
     Event,
     asked_for,
     delivered,
@@ -54,8 +56,6 @@ _OUTCOMES_S = 1.0
 _RETRY_S = 0.1
 # Subject of the process that has started the node.
 _LAUNCHER = "launcher"
-ADDRESS = "x-envoy-external-address"
-"""Header with the caller's address, which Envoy sets whatever the caller sends."""
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Q = TypeVar("Q")
@@ -63,9 +63,11 @@ R = TypeVar("R")
 Respond: TypeAlias = Callable[[Q, Mapping[bytes, bytes]], Coroutine[Any, Any, R]]
 
 _CALLER = CALLER_HEADER.encode()
-_ADDRESS = ADDRESS.encode()
+_ADDRESS = ADDRESS.decode()
 _IDS = RandomIdGenerator()
 _FURTHER_READS = Event(kind=READ, reason="further reads, more than are told apart")
+_FURTHER_SIGN_INS = Event(kind=SIGN_IN, reason="further sign-ins, more than are told apart")
+_FURTHER_ADDRESSES = "further addresses, more than are told apart"
 
 
 @dataclass
@@ -102,14 +104,19 @@ class Auditing:
         self._origin = origin
         self._writing: set[asyncio.Task[None]] = set()
         self._reads = CountedEvents(audit_log, replace(_FURTHER_READS, origin=origin), "reads")
+        self._sign_ins = CountedEvents(audit_log, replace(_FURTHER_SIGN_INS, origin=origin), "sign-ins")
+        access.on_sign_in = self._sign_in
 
     async def __aenter__(self) -> Auditing:
-        await self._reads.__aenter__()
+        for counted in (self._reads, self._sign_ins):
+            await counted.__aenter__()
         return self
 
     async def __aexit__(self, *exc: Any) -> None:
-        await self._reads.__aexit__(*exc)
-        self._start(self._write_reads(), "reads")
+        self._access.on_sign_in = None
+        for counted, what in ((self._reads, "reads"), (self._sign_ins, "sign-ins")):
+            await counted.__aexit__(*exc)
+            self._start(self._write_last(counted, what), what)
         if self._writing:
             await asyncio.wait(self._writing, timeout=_OUTCOMES_S)
         await end(*self._writing)
@@ -168,7 +175,7 @@ class Auditing:
 
         async def call(request: Q, headers: Mapping[bytes, bytes]) -> R:
             response = await respond(request, headers)
-            address = headers.get(_ADDRESS, b"").decode("latin-1")
+            address = headers.get(ADDRESS, b"").decode("latin-1")
             self._count(method, headers.get(_CALLER), address, request, response)
             return response
 
@@ -180,12 +187,17 @@ class Auditing:
             event = self._event(READ, method, known, address, _target_of(request))
             self._reads.add(replace(event.checked(), count=number))
 
-    async def _write_reads(self) -> None:
+    def _sign_in(self, rpc: str, caller: Caller, address: bytes) -> None:
+        event = self._event(SIGN_IN, rpc, caller, address.decode("latin-1"), "")
+        self._sign_ins.add((event if address else replace(event, reason=_FURTHER_ADDRESSES)).checked())
+
+    async def _write_last(self, counted: CountedEvents, what: str) -> None:
         try:
-            await self._reads.write()
+            await counted.write()
         except ShoalError as err:
             log.warning(
-                "the last reads are missing in the audit log: %(error)s", {"event": "audit.reads_missing", "error": err}
+                "the last %(counted)s are missing in the audit log: %(error)s",
+                {"event": "audit.events_missing", "counted": what, "error": err},
             )
 
     def _act(self, method: str, request: Any, ctx: Context) -> AbstractAsyncContextManager[Act]:
@@ -308,7 +320,7 @@ def _target_of(request: Any) -> str:
 
 
 def _address_in(ctx: Context) -> str:
-    return next((str(value) for key, value in ctx.invocation_metadata() or () if key == ADDRESS), "")
+    return next((str(value) for key, value in ctx.invocation_metadata() or () if key == _ADDRESS), "")
 
 
 def _cause(error: Exception) -> str:

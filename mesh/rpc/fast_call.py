@@ -18,7 +18,7 @@ from mesh.h2.headers import encode, response_head
 from mesh.h2.server_connection import TENANT
 from mesh.h2.stream import SMALL_BODY, ServerStream
 from mesh.rpc import status, tail_spans
-from mesh.rpc.access import CALLER, Access, tenant_of
+from mesh.rpc.access import Access, tenant_of
 from mesh.rpc.fast_spans import FastTracer, parent_of
 from mesh.rpc.framing import (
     JOIN_BYTES,
@@ -402,5 +402,5 @@ class _Admitted:
         self._access = access
 
     def __call__(self, body: bytes, call: FastCall) -> None:
-        self._access.check(self._rpc, call.headers.get(CALLER))
+        self._access.check_call(self._rpc, call.headers)
         self._handler(body, call)

@@ -20,7 +20,7 @@ from mesh.h2.headers import encode, response_head
 from mesh.h2.server_connection import TENANT
 from mesh.h2.stream import SMALL_BODY, ServerStream
 from mesh.rpc import status, tail_spans
-from mesh.rpc.access import CALLER, Access
+from mesh.rpc.access import Access
 from mesh.rpc.call_context import CallContext, Metadata
 from mesh.rpc.framing import (
     ACCEPTED,
@@ -44,7 +44,6 @@ from mesh.rpc.heavy_work import HeavyWork
 from mesh.rpc.interceptors import status_of
 from mesh.rpc.message_threads import MessageThreads
 from mesh.rpc.parsing import Parser, parse_in_turn
-from shoal.access.caller_header import SIGNER_HEADER
 from shoal.errors import TRACE_KEY, Code, DeadlineExceeded, InvalidArgument, ShoalError, trace_of
 
 log = logging.getLogger(__name__)
@@ -52,7 +51,6 @@ log = logging.getLogger(__name__)
 # A stream that has never sent a message is ended after so long, as at Envoy (stream_idle_timeout). One that has may be
 # silent as long as it likes.
 _NEVER_SENT_S = 300.0
-SIGNER = SIGNER_HEADER.encode()
 
 
 class CallTable(Protocol):
@@ -156,7 +154,7 @@ class SlowCall:
         if app.access is None:
             await self._admitted(handler)
         else:
-            with app.access.open_call(self._head.path, headers.get(CALLER), self.end, headers.get(SIGNER)):
+            with app.access.open_call(self._head.path, headers, self.end):
                 await self._admitted(handler)
 
     async def _admitted(self, handler: Any) -> None:

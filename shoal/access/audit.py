@@ -23,6 +23,7 @@ ACT: Final = "act"
 OUTCOME: Final = "outcome"
 REFUSAL: Final = "refusal"
 READ: Final = "read"
+SIGN_IN: Final = "sign-in"
 CHAIN: Final = "chain"
 
 KINDS: Mapping[str, str] = {
@@ -30,6 +31,7 @@ KINDS: Mapping[str, str] = {
     OUTCOME: "the end of an administrative act",
     REFUSAL: "calls that were refused",
     READ: "reads of payloads and results",
+    SIGN_IN: "first calls of a key or token from an address",
     CHAIN: "begin or end of a chain",
 }
 

@@ -22,7 +22,8 @@ class AuditEntry:
     """Name of the chain, `/`, and the number of the entry in it."""
     at: datetime
     kind: str
-    """`act` (an administrative act, before it is done), `outcome` (its end), `refusal`, `read` or `chain`."""
+    """`act` (an administrative act, before it is done), `outcome` (its end), `refusal`, `read`, `sign-in` (the first
+    call of a key or token from an address) or `chain`."""
     tenant: str
     subject: str
     key: str

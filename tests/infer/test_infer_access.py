@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mesh.rpc.access import Access
+from mesh.rpc.access import CALLER, Access
 from services.infer.config import InferConfig
 from services.infer.policy_file import followed
 from services.infer.scheduling.queue import QueueLimits
@@ -231,7 +231,7 @@ async def test_a_replaced_policy_file_is_in_force_and_an_invalid_one_is_not(sign
 
     def is_allowed(access: Access) -> bool:
         try:
-            access.check_infer(caller, "m")
+            access.check_infer({CALLER: caller}, "m")
         except PermissionDenied:
             return False
         return True

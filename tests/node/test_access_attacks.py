@@ -1417,6 +1417,15 @@ def test_acts_and_refusals_are_in_the_audit_log_which_names_an_entry_that_was_ed
         ):
             wanted = {"rpc": rpc, "subject": subject, "code": code, "address": "127.0.0.1"}
             node_world.until(lambda wanted=wanted: len(entries("refusal", **wanted)) >= 1)  # type: ignore[misc]
+        # The first call of a key from an address, and no further one.
+        assert rest(node_world, "GET", "/v2", made.key)[0] == 200
+        assert node_world.infer(made.key) == "OK"
+        node_world.until(lambda: entries("sign-in", subject="eve") != [])
+        signed_in = entries("sign-in", subject="eve")
+        assert {(one.rpc, one.tenant, one.key, one.address) for one in signed_in} == {
+            (MODEL_INFER, "acme", made.info.id, "127.0.0.1")
+        }
+        assert len({one.origin for one in signed_in}) == len(signed_in)
         # One cause has one reason, over REST and gRPC.
         form = "Jwt is not in the form of Header.Payload.Signature with two dots and 3 sections"
         whole = f"{form}: send a whole key as 'authorization: Bearer KEY' (`shoal keys create` makes one)"
@@ -1427,7 +1436,7 @@ def test_acts_and_refusals_are_in_the_audit_log_which_names_an_entry_that_was_ed
         ]
         assert all(re.fullmatch("[0-9a-f]{32}", one.trace_id) for one in entries("act") + entries("outcome"))
         assert not entries("act", subject="eve")
-        log = repr(entries("act") + entries("outcome") + entries("refusal"))
+        log = repr(entries("act") + entries("outcome") + entries("refusal") + entries("sign-in"))
         assert not [secret for secret in node_world.secrets if secret.rpartition(".")[2] in log]
         (act,) = entries("act", rpc=f"{access}CreateKey", target="acme")
     assert "no problems" in node_world.node.shoal("audit", "verify").stdout

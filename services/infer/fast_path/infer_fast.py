@@ -148,7 +148,7 @@ class FastInfer:
             return False
         caller = limits = None
         if self._access is not None:
-            caller = self._access.check_infer(exchange.headers.get(_CALLER), model_templates.name)
+            caller = self._access.check_infer(exchange.headers, model_templates.name)
             if self._access.is_limited:
                 limits = self._limits_of(exchange, model_templates.name)
         if caller is None:
@@ -181,7 +181,7 @@ class FastInfer:
                 exchange.release(shared)
             caller = limits = None
             if self._access is not None:
-                caller = self._access.check_infer(exchange.headers.get(_CALLER), message.model_name)
+                caller = self._access.check_infer(exchange.headers, message.model_name)
                 limits = self._limits_of(exchange, message.model_name)
             tenant = named.decode("latin-1") if caller is None else caller.tenant
             slow_ns = self._models.find(message.model_name, message.model_version).slow_ns

@@ -11,7 +11,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from mesh.rpc.access import Access
+from mesh.rpc.access import ADDRESS, CALLER, Access
 from mesh.rpc.channel import connect
 from mesh.rpc.server import Server
 from shoal.access import tokens
@@ -42,13 +42,60 @@ def test_a_caller_is_who_the_gateway_says(signer: Signer) -> None:
     assert ann is not None
     assert (ann.tenant, ann.subject) == ("acme", "ann")
     with pytest.raises(PermissionDenied, match="no grant allows infer of the model 'm' to the role 'viewer'"):
-        access.check_infer(caller(signer, role="viewer"), "m")
+        access.check_infer({CALLER: caller(signer, role="viewer")}, "m")
 
 
 @pytest.mark.parametrize("value", [b"", b"x", b"e30", b"W10", b"eyJh", b"!" * 50, b"[" * 100_000, b"\xff"])
 def test_a_value_that_no_gateway_sends_is_refused(signer: Signer, value: bytes) -> None:
     with pytest.raises(ShoalError):
-        Access(policy(signer)).check_infer(value, "m")
+        Access(policy(signer)).check_infer({CALLER: value}, "m")
+
+
+def test_the_first_call_from_an_address_is_a_sign_in_whatever_happens_to_the_policy(signer: Signer) -> None:
+    seen: list[tuple[str, str, bytes]] = []
+    access = Access(policy(signer))
+    access.on_sign_in = lambda rpc, caller, address: seen.append((rpc, caller.subject, address))
+    ann, bob, viewer = caller(signer, subject="ann"), caller(signer, subject="bob"), caller(signer, role="viewer")
+    for _ in range(2):
+        for value, address in ((ann, b"10.0.0.1"), (bob, b"10.0.0.1"), (ann, b"10.0.0.2")):
+            access.check_infer({CALLER: value, ADDRESS: address}, "m")
+            access.check_call(INDEX, {CALLER: value, ADDRESS: address})
+        # Neither calls that are refused, nor those of services or without a gateway.
+        with pytest.raises(PermissionDenied):
+            access.check_infer({CALLER: viewer, ADDRESS: b"10.0.0.1"}, "m")
+        access.check_infer({CALLER: SERVICE, ADDRESS: b"10.0.0.3"}, "m")
+        access.check_infer({CALLER: ann}, "m")
+        access.set_policy(policy(signer))
+    assert seen == [
+        (MODEL_INFER, "ann", b"10.0.0.1"),
+        (MODEL_INFER, "bob", b"10.0.0.1"),
+        (MODEL_INFER, "ann", b"10.0.0.2"),
+    ]
+
+
+def test_the_addresses_of_a_caller_are_told_apart_up_to_a_bound(signer: Signer) -> None:
+    seen: list[tuple[str, bytes]] = []
+    access = Access(policy(signer))
+    access.on_sign_in = lambda rpc, caller, address: seen.append((caller.subject, address))
+    ann, bob = caller(signer, subject="ann"), caller(signer, subject="bob")
+    for number in range(1_000):
+        access.check_infer({CALLER: ann, ADDRESS: b"10.0.%d.%d" % divmod(number, 256)}, "m")
+    assert len(seen) == 33
+    assert seen[-1] == ("ann", b"")
+    access.check_infer({CALLER: bob, ADDRESS: b"10.0.0.1"}, "m")
+    assert seen[-1] == ("bob", b"10.0.0.1")
+
+
+def test_the_callers_whose_addresses_are_remembered_are_bounded(signer: Signer) -> None:
+    seen: list[str] = []
+    access = Access(policy(signer))
+    access.on_sign_in = lambda rpc, caller, address: seen.append(caller.key)
+    claims = claims_of(key(signer))
+    for number in (*range(9_000), 8_999):
+        value = passed({**claims, "jti": f"k-{number}"})[1].encode()
+        access.check_infer({CALLER: value, ADDRESS: b"10.0.0.1"}, "m")
+    assert len(seen) == 9_000
+    assert len(access._addresses) <= 8_192
 
 
 def test_a_call_without_a_caller_may_check_the_health_and_nothing_else(signer: Signer) -> None:
@@ -63,7 +110,7 @@ def test_a_service_of_the_mesh_may_call_everything(signer: Signer) -> None:
     for access in (Access(policy(signer)), Access(None)):
         for rpc in (MODEL_INFER, LOAD, "/shoal.store.v1.StoreService/PutResults"):
             assert access.check(rpc, SERVICE, "m") is None
-        assert access.check_infer(SERVICE, "m") is None
+        assert access.check_infer({CALLER: SERVICE}, "m") is None
 
 
 def test_without_a_known_policy_every_caller_is_refused(signer: Signer) -> None:
@@ -71,9 +118,9 @@ def test_without_a_known_policy_every_caller_is_refused(signer: Signer) -> None:
     assert access.check(CHECK, None) is None
     for header in (None, caller(signer, role="admin")):
         with pytest.raises(Unavailable, match="does not know the policy yet"):
-            access.check_infer(header, "m")
+            access.check_infer({CALLER: header}, "m")
     access.set_policy(policy(signer))
-    assert access.check_infer(caller(signer), "m") is not None
+    assert access.check_infer({CALLER: caller(signer)}, "m") is not None
 
 
 def test_the_launcher_may_list_the_models_and_nothing_else(signer: Signer) -> None:
@@ -87,24 +134,24 @@ def test_the_launcher_may_list_the_models_and_nothing_else(signer: Signer) -> No
 
 def test_a_new_policy_replaces_cached_decisions(signer: Signer) -> None:
     access, ann = Access(policy(signer)), caller(signer)
-    access.check_infer(ann, "m")
+    access.check_infer({CALLER: ann}, "m")
     access.set_policy(policy(signer, grants=[]))
     with pytest.raises(PermissionDenied):
-        access.check_infer(ann, "m")
+        access.check_infer({CALLER: ann}, "m")
     access.set_policy(policy(signer))
-    access.check_infer(ann, "m")
+    access.check_infer({CALLER: ann}, "m")
 
 
 def test_many_callers_and_models_fill_no_memory(signer: Signer) -> None:
     access = Access(policy(signer))
     ann = caller(signer)
     for number in range(3_000):
-        access.check_infer(ann, f"m{number}")
+        access.check_infer({CALLER: ann}, f"m{number}")
     (known,) = access._callers.values()
     assert len(known.inferable) <= 1024
     claims = claims_of(key(signer))
     for number in range(9_000):
-        access.check_infer(passed({**claims, "jti": f"k-{number}"})[1].encode(), "m")
+        access.check_infer({CALLER: passed({**claims, "jti": f"k-{number}"})[1].encode()}, "m")
     assert len(access._callers) <= 8192
 
 
@@ -112,9 +159,9 @@ def test_long_names_of_models_are_refused_in_short_words_and_not_kept(signer: Si
     access, ann = Access(policy(signer)), caller(signer)
     for number in range(64):
         with pytest.raises(PermissionDenied, match="no model has a name of 1000002 characters") as refused:
-            access.check_infer(ann, f"{number:02}" + "m" * 1_000_000)
+            access.check_infer({CALLER: ann}, f"{number:02}" + "m" * 1_000_000)
         assert len(refused.value.message) < 200
-    access.check_infer(ann, "m" * MODEL_NAME)
+    access.check_infer({CALLER: ann}, "m" * MODEL_NAME)
     (known,) = access._callers.values()
     assert sum(len(model or "") for _, model in known._decisions) <= 2 * MODEL_NAME
 

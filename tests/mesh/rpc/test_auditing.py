@@ -50,6 +50,7 @@ SET_QUOTA = "/shoal.store.v1.StoreService/SetQuota"
 class Log:
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.sign_ins: list[Event] = []
         self.is_away = False
         self.open = asyncio.Event()
         self.open.set()
@@ -58,7 +59,8 @@ class Log:
         await self.open.wait()
         if self.is_away:
             raise Unavailable("MongoDB does not respond")
-        self.events.extend(events)
+        for event in events:
+            (self.sign_ins if event.kind == "sign-in" else self.events).append(event)
         return [str(len(self.events))] * len(events)
 
     async def ended(self) -> Event:
@@ -246,6 +248,24 @@ async def test_reads_of_results_are_counted_by_caller_job_and_rpc_where_the_poli
     assert {(event.kind, event.tenant, event.subject, event.address) for event in log.events} == {
         ("read", "acme", "ann", "10.0.0.7")
     }
+
+
+async def test_a_keys_first_call_from_an_address_is_written_and_no_later_one(
+    stub: Any, caller: Caller, log: Log
+) -> None:
+    ann, elsewhere = caller("user"), [caller("user")[0], ("x-envoy-external-address", "10.0.0.8")]
+    for _ in range(3):
+        await stub.GetResult(pb.GetResultRequest(job_id="a"), metadata=ann, timeout=30)
+    await _set(stub, "by-a-service", [("x-shoal-caller", "service"), ("x-envoy-external-address", "10.0.0.9")])
+    with pytest.raises(grpc.aio.AioRpcError):
+        await _set(stub, "acme", [caller("viewer")[0], ("x-envoy-external-address", "10.0.0.9")])
+    await until(lambda: len(log.sign_ins) == 1, "the first is written")
+    await stub.GetResult(pb.GetResultRequest(job_id="a"), metadata=elsewhere, timeout=30)
+    await until(lambda: len(log.sign_ins) == 2, "the second is written")
+    assert [(one.tenant, one.subject, one.role, one.rpc, one.address, one.origin) for one in log.sign_ins] == [
+        ("acme", "ann", "user", GET_RESULT, address, "node/store-0") for address in ("10.0.0.7", "10.0.0.8")
+    ]
+    assert all(one.key.startswith("k-") for one in log.sign_ins)
 
 
 async def test_reads_go_on_while_the_log_is_away_and_a_stop_writes_the_last_ones(signer: Signer, log: Log) -> None:
