@@ -128,4 +128,6 @@ def _row(entry: AuditEntry) -> tuple[object, ...]:
     about = entry.target or (entry.reason if entry.kind == "refusal" else "")
     if entry.kind in ("act", "outcome"):
         about = ": ".join(filter(None, (entry.target, entry.reason)))
+    elif entry.kind == "sign-in":
+        about = ": ".join(filter(None, (entry.key, entry.reason)))
     return entry.at, entry.kind, who, entry.address, entry.rpc.rpartition("/")[2], about, status, entry.count

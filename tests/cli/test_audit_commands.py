@@ -58,6 +58,16 @@ def test_an_act_is_listed_with_what_it_asked_for_and_its_outcome_with_the_error(
     assert "s-2: no etcd" in said
 
 
+def test_a_sign_in_is_listed_with_its_key(served: Served, shoal: Shoal) -> None:
+    rpc, reason = "/inference.GRPCInferenceService/ModelInfer", "further addresses, more than are told apart"
+    first = pb.AuditEvent(kind="sign-in", key="k-1", subject="ann", tenant="acme", address="10.0.0.9", rpc=rpc)
+    asked = has(served, first, pb.AuditEvent(kind="sign-in", key="k-2", rpc=rpc, reason=reason))
+    said = shoal("audit", "list", "--kind", "sign-in").stdout
+    assert list(asked[0].kinds) == ["sign-in"]
+    for words in ("acme/ann", "10.0.0.9", "ModelInfer", "k-1", f"k-2: {reason}"):
+        assert words in said
+
+
 def test_an_export_is_a_line_of_json_for_each_entry(served: Served, shoal: Shoal) -> None:
     asked = has(served, REFUSAL, pb.AuditEvent(kind="act", target="model-1"))
     lines = [json.loads(line) for line in shoal("audit", "export").stdout.splitlines()]
