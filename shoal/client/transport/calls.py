@@ -60,6 +60,8 @@ class Caller:
     ) -> None:
         self.address = address
         self.clock = clock
+        if not isinstance(retry, RetryPolicy | None):
+            raise InvalidArgument(f"retry: expected a RetryPolicy, such as RetryPolicy(attempts=3), got {retry!r}")
         self._retry = retry or RetryPolicy()
         self._security = security
         self._is_near = is_near

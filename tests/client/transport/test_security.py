@@ -77,6 +77,7 @@ def test_a_token_that_is_no_text_is_named_by_its_type(token: Any) -> None:
         ({"address": b"h:1"}, "address: expected"),
         ({"address": FAR, "tenant": 5}, "tenant: expected text, got 5"),
         ({"address": FAR, "tenant": b"acme"}, "tenant: expected text"),
+        ({"address": FAR, "retry": 3}, "retry: expected a RetryPolicy"),
         ({"address": FAR, "headers": 5}, "headers: expected a mapping of names to values, got int"),
         ({"address": FAR, "headers": [("x-a", "b")]}, "headers: expected a mapping"),
     ],
