@@ -20,6 +20,9 @@ from services.infer.requests.tensors import Tensor
 
 _PLACEHOLDER: Tensor = np.zeros((1, 1, 3), np.uint8)
 
+# Scans that an image of `max_pixels` may have; a smaller one may have more. libjpeg writes 10, and 18 for CMYK.
+_MAX_SCANS = 32
+
 
 class DecodeImageParameters(Parameters):
     """Parameters of `decode_image`."""
@@ -64,7 +67,13 @@ class DecodeImage:
         return {"image": np.array([[image.tobytes()]], object)}
 
     def _decode(self, data: bytes) -> Tensor:
-        form = self._check_header(data)
+        header = self._check_header(data)
+        form = header.format.upper().replace("WEBP", "WebP")
+        if header.format == "png":
+            try:
+                data = image_header.png_without_texts(data)
+            except ValueError as err:
+                raise Unfit("input 'image': this PNG cannot be decoded: it is truncated or damaged") from err
         try:
             image: Any = self._cv2.imdecode(np.frombuffer(data, np.uint8), self._flags)
         except self._cv2.error as err:
@@ -74,8 +83,8 @@ class DecodeImage:
         decoded: Tensor = image
         return decoded
 
-    def _check_header(self, data: bytes) -> str:
-        """Return the name of the format. Raises Unfit when the format is not accepted or the image is too large."""
+    def _check_header(self, data: bytes) -> image_header.Header:
+        """Return the header. Raises Unfit when the format is not accepted or the image is too large."""
         formats, limit = self._parameters.formats, self._parameters.max_pixels
         expected = ", ".join(formats)
         if not data:
@@ -91,4 +100,9 @@ class DecodeImage:
             )
         if not header.width or not header.height:
             raise Unfit(f"input 'image' has no pixels: its header says {header.width} x {header.height}")
-        return header.format.upper().replace("WEBP", "WebP")
+        if header.width * header.height * header.scans > limit * _MAX_SCANS:
+            raise Unfit(
+                f"input 'image' has {header.scans} scans of {header.width} x {header.height} pixels, more than "
+                f"{_MAX_SCANS} times max_pixels, {limit}: send it with fewer scans, for example as a baseline JPEG"
+            )
+        return header
