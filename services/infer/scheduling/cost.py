@@ -82,7 +82,7 @@ class CostCurve:
 
     def _put(self, rows: int, seconds: float) -> None:
         self._is_stale = True
-        number = _bucket(rows)
+        number = size_bucket(rows)
         bucket = self._buckets.get(number)
         if bucket is None:
             self._buckets[number] = _Bucket(rows, seconds)
@@ -91,7 +91,7 @@ class CostCurve:
 
     def mean_of(self, rows: int) -> float | None:
         """Return the mean seconds of executions of about this size; None without a sample."""
-        bucket = self._buckets.get(_bucket(rows))
+        bucket = self._buckets.get(size_bucket(rows))
         return None if bucket is None else bucket.mean
 
     def expected(self, rows: int) -> float:
@@ -153,12 +153,12 @@ class LoopCost:
 
     def is_below(self, limit_s: float, rows: int, size_bytes: int, now: float) -> bool:
         """Return True when a run of about this size is expected to take less than `limit_s`."""
-        known = self._means.get(_bucket(rows) << 6 | size_bytes.bit_length())
+        known = self._means.get(size_bucket(rows) << 6 | size_bytes.bit_length())
         return known is not None and known[1] < limit_s and now >= self._barred_until
 
     def add(self, rows: int, size_bytes: int, seconds: float) -> None:
         """Add a run that took `seconds` of a processor."""
-        size = _bucket(rows) << 6 | size_bytes.bit_length()
+        size = size_bucket(rows) << 6 | size_bytes.bit_length()
         known = self._means.get(size)
         if known is None:
             self._means[size] = [1, seconds]
@@ -219,7 +219,7 @@ def _merged(a: _Point, b: _Point) -> _Point:
     return _Point(mean(a.rows, b.rows), mean(a.mean, b.mean), max(a.worst, b.worst), weight)
 
 
-def _bucket(rows: int) -> int:
+def size_bucket(rows: int) -> int:
     """Return the bucket of a size: its own up to 8 rows, then four for each doubling."""
     if rows <= 8:
         return rows

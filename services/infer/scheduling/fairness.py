@@ -1,8 +1,9 @@
-"""Weighted fair queueing by rows: the order of tenants that wait together.
+"""Weighted fair queueing by rows and bytes: the order of tenants that wait together.
 
-Each tenant has a virtual time, which advances by rows / weight whenever its rows run; the tenant with the least goes
-next. A tenant that (again) has requests starts at the common virtual time: it saves nothing up while it has none, and
-pays nothing for capacity that no other tenant needed. (Start-time fair queueing: Goyal, Vin, Cheng, 1996.)
+Each tenant has a virtual time, which advances by cost / weight whenever its requests run; the tenant with the least
+goes next. The cost of a request is its number of rows, and one more for every 16 KiB of its input. A tenant that
+(again) has requests starts at the common virtual time: it saves nothing up while it has none, and pays nothing for
+capacity that no other tenant needed. (Start-time fair queueing: Goyal, Vin, Cheng, 1996.)
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class TenantQueue:
         self.tenant = tenant
         self.weight = weight
         self.virtual_time = virtual_time
-        """Rows run, divided by the weight."""
+        """Costs of the requests that have run, divided by the weight."""
         self.count = 0
         self.rows = 0
         self.order: deque[Any] = deque()
@@ -44,13 +45,13 @@ class TenantQueue:
         begun = self.order[0].round if self.order else 0.0
         return max(begun, self.rounds.get(sender, 0.0))
 
-    def add_round(self, sender: Hashable, rows: int) -> float:
-        """Return the round of a sender's request of `rows` rows, whose next one comes so much later."""
+    def add_round(self, sender: Hashable, cost: int) -> float:
+        """Return the round of a sender's request of this cost, whose next one comes so much later."""
         if len(self.rounds) > 2 * self.count + _TIDY_AT:
             begun = self.order[0].round if self.order else 0.0
             self.rounds = {other: after for other, after in self.rounds.items() if after > begun}
         found = self.next_round(sender)
-        self.rounds[sender] = found + rows
+        self.rounds[sender] = found + cost
         return found
 
 

@@ -7,7 +7,7 @@ WAITING ──take──> RUNNING ──> delivered
 Bounds: requests by priority level, bytes over all levels. At a bound, a request is rejected; but when several tenants
 wait, the tenant with the most queued requests loses its newest, so that no tenant can fill the queue alone. For memory,
 requests of worse levels are evicted, too. When more than a batch of one tenant waits, its connections take turns, by
-rounds of one row of each; at the bound, the connection with the most loses its newest.
+rounds of one row (or 16 KiB) of each; at the bound, the connection with the most loses its newest.
 """
 
 from __future__ import annotations
@@ -28,10 +28,14 @@ from services.infer.scheduling.cost import CostCurve
 from services.infer.scheduling.deadline_heap import DeadlineHeap
 from services.infer.scheduling.delivery import PendingRequest, Receiver
 from services.infer.scheduling.fairness import TenantQueue, TenantQueues
+from services.infer.scheduling.long_batches import LongBatches
 from services.infer.scheduling.output_sizes import UNBOUNDED, UNRESERVED_BYTES, OutputSizes
 from services.infer.scheduling.rules import Rules
 from services.infer.scheduling.stack_group import Member, StackGroup, add_in_turn, fair_order_key
 from shoal.errors import ResourceExhausted
+
+# Input of a request that counts as much as a row: large rows take longer than small ones.
+_ROW_BYTES = 16 << 10
 
 _RANK, _ROUND = attrgetter("rank"), attrgetter("round")
 NO_TENANT = TenantQueue("", 1.0, 0.0)
@@ -43,6 +47,7 @@ class QueuedRequest(PendingRequest):
     __slots__ = (
         "arrived",
         "band",
+        "cost",
         "deadline",
         "due",
         "expires",
@@ -63,6 +68,8 @@ class QueuedRequest(PendingRequest):
         self.request = request
         self.rows = request.rows
         self.size_bytes = request.size_bytes
+        self.cost = request.rows + request.size_bytes // _ROW_BYTES
+        """Part of the model that the request takes from its tenant and its connection, in rows."""
         self.arrived = self.rank = arrived
         """Seconds, on the scheduler's clock. `rank` is the time by which priority bands are merged."""
         self.deadline = self.expires = deadline
@@ -125,8 +132,10 @@ class Queue:
         rules: Rules,
         cost: CostCurve,
         outputs: OutputSizes = UNBOUNDED,
+        long_batches: LongBatches | None = None,
     ) -> None:
         self._model = model
+        self._long_batches = long_batches or LongBatches()
         self._outputs = outputs
         self._limits = limits
         self._policy = policy
@@ -282,7 +291,7 @@ class Queue:
             return self._take_when_due(now, instances, room_comes=room_comes)
         key = self._next_key()
         group = self._groups[key]
-        front, is_cut = self._front(key, group, max_rows)
+        front, is_cut = self._front(key, group, now, max_rows)
         if room_comes and self._finds_no_room(front[0]):
             return NOTHING
         if is_late:
@@ -305,7 +314,7 @@ class Queue:
         soonest: tuple[float, Hashable, list[QueuedRequest]] | None = None
         rate = self.arrivals.per_second(now) if self._has_goal else 0.0
         for key, group in self._candidates().items():
-            front, is_cut = self._front(key, group)
+            front, is_cut = self._front(key, group, now)
             if room_comes and self._finds_no_room(front[0]):
                 continue
             is_full = is_cut or group.rows >= self._outputs.max_rows(key)
@@ -332,15 +341,29 @@ class Queue:
             return slo.decide(front, now, self._policy, self._cost, rate=rate, instances=instances, is_full=is_full)
         return batcher.decide(front, group.oldest(), now, self._policy, is_full=is_full)
 
-    def _front(self, key: Hashable, group: StackGroup, max_rows: int = 0) -> tuple[list[QueuedRequest], bool]:
+    def _front(
+        self, key: Hashable, group: StackGroup, now: float, max_rows: int = 0
+    ) -> tuple[list[QueuedRequest], bool]:
         most = min(max_rows or self._policy.max_rows, self._outputs.max_rows(key))
         row_bytes = self._outputs.row_bytes(key)
         if row_bytes * min(most, group.rows) > UNRESERVED_BYTES:
             # The outputs are reserved before the run: what finds no room now waits for a later batch.
             head = cast("QueuedRequest", next(group.heads()))
             most = min(most, max(head.request.memory.room // row_bytes, 1))
-        front, is_cut = group.front(most, self._policy.max_bytes)
-        return cast("list[QueuedRequest]", front), is_cut
+        front, is_cut = cast("tuple[list[QueuedRequest], bool]", group.front(most, self._policy.max_bytes))
+        if group.size_bytes > self._long_batches.from_bytes:
+            count = self._joining(front, now)
+            return front[:count], is_cut or count < len(front)
+        return front, is_cut
+
+    def _joining(self, front: Sequence[QueuedRequest], now: float) -> int:
+        """Return the number of requests from the first on that save time as one batch."""
+        size = front[0].size_bytes
+        for count, queued in enumerate(front[1:], 1):
+            if not self._long_batches.joins(size, queued.size_bytes, is_alone=count == 1, now=now):
+                return count
+            size += queued.size_bytes
+        return len(front)
 
     def _next_key(self) -> Hashable:
         """Return the key of the group whose turn is next, without a policy."""
@@ -387,7 +410,7 @@ class Queue:
                 advanced_queues[tenant_queue] = queued.band
             tenant_queue.count -= 1
             tenant_queue.rows -= queued.rows
-            tenant_queue.virtual_time += queued.rows / tenant_queue.weight
+            tenant_queue.virtual_time += queued.cost / tenant_queue.weight
             rows += queued.rows
             size += queued.size_bytes
             self._waiting[queued.level] -= 1
@@ -439,7 +462,7 @@ class Queue:
         # A goal has an order of its own: that of the due times.
         tenant_queue.is_crowded = bool(tenant_queue.order) and not self._has_goal
         queued.round = (
-            tenant_queue.add_round(queued.request.memory.sender, queued.rows) if tenant_queue.is_crowded else 0.0
+            tenant_queue.add_round(queued.request.memory.sender, queued.cost) if tenant_queue.is_crowded else 0.0
         )
 
     def _unlink(self, queued: QueuedRequest) -> None:
@@ -561,7 +584,7 @@ def _later_rounds(queued: QueuedRequest) -> Iterator[QueuedRequest]:
     _drop_first(tenant_queue)
     own = tenant_queue.next_round(queued.request.memory.sender)
     for victim in _newest_first(tenant_queue):
-        if victim.round < own + queued.rows + 1:
+        if victim.round < own + queued.cost + 1:
             return
         yield victim
 

@@ -26,6 +26,7 @@ from services.infer.scheduling.batcher import BatchPolicy, Wait
 from services.infer.scheduling.cost import Backlog, CostCurve, LoopCost
 from services.infer.scheduling.delivery import OutcomeQueue, Receiver
 from services.infer.scheduling.execution import Executor
+from services.infer.scheduling.long_batches import LongBatches
 from services.infer.scheduling.output_sizes import UNBOUNDED, UNRESERVED_BYTES, OutputSizes
 from services.infer.scheduling.overload import USABLE_SHARE, Pressure, usable_share
 from services.infer.scheduling.queue import Batch, Queue, QueuedRequest, QueueLimits
@@ -106,7 +107,8 @@ class Scheduler:
         # Processor time of the model alone: the cost of a run on the loop.
         self._loop_cost = LoopCost()
         self._outputs = outputs
-        self._queue = Queue(name, limits, policy, self._rules, self.cost, outputs)
+        self._long_batches = LongBatches()
+        self._queue = Queue(name, limits, policy, self._rules, self.cost, outputs, self._long_batches)
         self._execution = execution
         self._instances = instances
         self._statistics = statistics
@@ -463,6 +465,9 @@ class Scheduler:
         if not self._is_ended:
             self._free(worker)
         self._outputs_exist(batch, outcomes)
+        if InferenceResult in map(type, outcomes):
+            now = self._clock()
+            self._long_batches.add(len(batch.requests), batch.size_bytes, now - started, now)
         if self._queue:
             # The model runs the next batch while responses are written.
             self._was_busy = True

@@ -24,6 +24,7 @@ class Member(Protocol):
 
     rows: int
     size_bytes: int
+    cost: int
     arrived: float
     due: float
     round: float
@@ -172,7 +173,7 @@ def _interleaved(flows: Flows[Member]) -> Iterator[Member]:
         queued = flow[at]
         yield queued
         if at + 1 < len(flow):
-            virtual_time, after = virtual_time + queued.rows / tenant_queue.weight, flow[at + 1]
+            virtual_time, after = virtual_time + queued.cost / tenant_queue.weight, flow[at + 1]
             heapq.heapreplace(waiting, (virtual_time, after.due, after.arrived, n, tenant_queue, flow, at + 1))
         else:
             heapq.heappop(waiting)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.infer.scheduling.cost import Backlog, CostCurve, _bucket
+from services.infer.scheduling.cost import Backlog, CostCurve, size_bucket
 
 
 def learnt(*samples: tuple[int, float], times: int = 20) -> CostCurve:
@@ -56,7 +56,7 @@ def test_cost_never_falls_and_worst_is_at_least_expected(samples):
 
 
 def test_buckets_are_few_and_in_order():
-    buckets = [_bucket(rows) for rows in range(1, 65537)]
+    buckets = [size_bucket(rows) for rows in range(1, 65537)]
     assert buckets == sorted(buckets)
     assert len(set(buckets)) < 64
 

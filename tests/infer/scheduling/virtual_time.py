@@ -96,13 +96,16 @@ class SimulatedWorker:
         self._sleep_on()
         self.is_running = True
         outcomes = self.execution.run(jobs)
-        seconds = self._cost(sum(job.request.rows for job in jobs))
+        seconds = self.seconds(jobs)
 
         def finished() -> None:
             self.is_running = False
             done(outcomes, seconds)
 
         self._loop.call_later(seconds, finished)
+
+    def seconds(self, jobs: Sequence[ExecutionItem]) -> float:
+        return self._cost(sum(job.request.rows for job in jobs))
 
     def wake_in(self, seconds: float, wake: Callable[[], None]) -> None:
         assert not self.is_running
