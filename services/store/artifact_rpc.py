@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import grpc
 
+from mesh.rpc.places import Places
 from mesh.rpc.tenant_scope import Scopes, TenantScope
 from services.store.artifacts import digest
 from services.store.artifacts.artifacts import Artifacts
@@ -29,6 +30,8 @@ from shoal.store.v1 import store_pb2_grpc
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
+READS_AT_ONCE = 64
+"""GetArtifact streams of tenants at a time. Each has a window of 4 MiB in memory for as long as its client reads."""
 _NAMED = 1_000
 
 
@@ -53,6 +56,7 @@ class ArtifactRpc(store_pb2_grpc.StoreServiceServicer):
         self._parts = parts
         self._scopes = scopes
         self._artifacts = parts.artifacts
+        self._reads = Places(READS_AT_ONCE, "reads of artifacts")
         self.read_bytes = self.stored_bytes = 0
         """Bytes of artifacts that were sent, and that were stored as new ones."""
 
@@ -75,11 +79,13 @@ class ArtifactRpc(store_pb2_grpc.StoreServiceServicer):
 
     async def GetArtifact(self, request: pb.GetArtifactRequest, ctx: Context) -> AsyncIterator[pb.GetArtifactResponse]:
         name, scope = digest.checked(request.sha256, "sha256"), self._scopes.of(ctx, "GetArtifact")
-        artifact, chunks = await self._artifacts.reader.read(name, request.offset, scope)
-        yield pb.GetArtifactResponse(size_bytes=artifact.size)
-        async for chunk in chunks:
-            self.read_bytes += len(chunk)
-            yield pb.GetArtifactResponse(chunk=chunk)
+        # Services bound their own reads.
+        with nullcontext() if scope.tenant is None else self._reads.take(scope.tenant):
+            artifact, chunks = await self._artifacts.reader.read(name, request.offset, scope)
+            yield pb.GetArtifactResponse(size_bytes=artifact.size)
+            async for chunk in chunks:
+                self.read_bytes += len(chunk)
+                yield pb.GetArtifactResponse(chunk=chunk)
 
     async def ReleaseArtifacts(self, request: pb.ReleaseArtifactsRequest, ctx: Context) -> pb.ReleaseArtifactsResponse:
         return pb.ReleaseArtifactsResponse(released=await self._parts.references.release(request.references))

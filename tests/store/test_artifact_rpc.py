@@ -341,3 +341,35 @@ async def test_an_upload_that_says_nothing_is_ended(config: StoreConfig) -> None
         assert (await store.stub.StatArtifact(pb.StatArtifactRequest(sha256=ABC))).received_bytes == 2
         await store.put(b"abc", offset=2)
         assert await store.get(ABC) == (3, b"abc")
+
+
+async def test_slow_readers_of_one_tenant_leave_places_to_others(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.store.artifact_rpc.READS_AT_ONCE", 6)
+    data = os.urandom(24 * MIB)
+    digest = sha256(data)
+    async with running_store(config) as store:
+
+        def reading(tenant: str) -> grpc.aio.UnaryStreamCall[pb.GetArtifactRequest, pb.GetArtifactResponse]:
+            named = (("x-shoal-tenant", tenant),) if tenant else ()
+            return store.stub.GetArtifact(pb.GetArtifactRequest(sha256=digest), metadata=named)
+
+        async def begun(tenant: str) -> grpc.aio.UnaryStreamCall[pb.GetArtifactRequest, pb.GetArtifactResponse]:
+            call = reading(tenant)
+            response = await call.read()
+            assert isinstance(response, pb.GetArtifactResponse)
+            assert response.size_bytes == len(data)
+            return call
+
+        for tenant in ("slow", "other"):
+            named = (("x-shoal-tenant", tenant),)
+            chunks = (pb.PutArtifactRequest(chunk=data[at : at + MIB]) for at in range(0, len(data), MIB))
+            messages = iter([header(sha256=digest, size_bytes=len(data)), *chunks])
+            await store.stub.PutArtifact(messages, metadata=named)
+        # They read nothing but the first message.
+        slow = [await begun("slow") for _ in range(4)]
+        await refused(reading("slow").read(), StatusCode.RESOURCE_EXHAUSTED, "4 reads of artifacts of this tenant")
+        others = [await begun("other"), await begun("")]
+        for call in (*slow, *others):
+            call.cancel()

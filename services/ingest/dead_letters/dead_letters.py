@@ -16,7 +16,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 from mesh.mongo_clock import milliseconds
+from mesh.process.tasks import uninterrupted
 from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
+from mesh.rpc.tenant_turns import WAIT_S, TenantTurns
 from services.ingest.dead_letters.filters import DeadLetterSelection
 from services.ingest.instance import Instance
 from services.ingest.intake.payloads import Payloads
@@ -30,6 +32,8 @@ from services.ingest.queries.jobs import Jobs, Page
 from services.ingest.ulid import is_ulid
 from shoal.errors import FailedPrecondition, InvalidArgument, NotFound, ShoalError
 
+CHANGES_AT_ONCE = 4
+"""Requeues and purges, each of up to 1,000 jobs, that one instance carries out at a time."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -57,6 +61,7 @@ class DeadLetters:
         self._events = events
         self._clock = instance.clock
         self._instance = instance.name
+        self._turns = TenantTurns(CHANGES_AT_ONCE, leaves_room=True, wait_s=WAIT_S)
 
     async def page(self, filter_: DeadFilter, size: int, token: str) -> Page:
         """Return a page of dead letters, newest first.
@@ -80,6 +85,12 @@ class DeadLetters:
         if len(reason) > REASON_CHARS:
             raise InvalidArgument(f"reason: at most {REASON_CHARS} characters, got {len(reason)}")
         caller = storable_caller(scope)
+        async with self._turns.take(scope.tenant or ""):
+            return await uninterrupted(self._requeue(selected, reason, scope, caller))
+
+    async def _requeue(
+        self, selected: DeadLetterSelection, reason: str, scope: TenantScope, caller: bytes
+    ) -> DeadLetterOutcome:
         letters, refused, next_token = await self._letters(selected, scope)
         now = self._clock()
         requeued = {letter.id: requeue(letter, reason, self._instance, now, caller) for letter in letters}
@@ -101,6 +112,10 @@ class DeadLetters:
         Raises:
             Unavailable: MongoDB is unavailable; some may be removed: repeat.
         """
+        async with self._turns.take(scope.tenant or ""):
+            return await uninterrupted(self._purge(selected, scope))
+
+    async def _purge(self, selected: DeadLetterSelection, scope: TenantScope) -> DeadLetterOutcome:
         letters, refused, next_token = await self._letters(selected, scope)
         ids = [letter.id for letter in letters]
         if ids:

@@ -18,7 +18,9 @@ from pymongo.errors import ExecutionTimeout
 
 from mesh.mongo import Document, translated
 from mesh.mongo_clock import Clock
+from mesh.process.tasks import uninterrupted
 from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
+from mesh.rpc.tenant_turns import WAIT_S, TenantTurns
 from services.ingest.job import State
 from services.ingest.operations.operation import Action, Operation, OperationState, Selection
 from services.ingest.queries.filters import JobFilter
@@ -36,6 +38,10 @@ RUNNING_OF_TENANT = 8
 COUNTED = 1_000_000
 """Jobs that a preview counts, for COUNT_MS at most: MongoDB reads each document where no index has the filter."""
 COUNT_MS = 5_000
+COUNTS_AT_ONCE = 4
+"""Counts that run at a time: each has a core of MongoDB for itself meanwhile."""
+CALLS_AT_ONCE = 6
+"""Other calls of clients that one instance serves at a time."""
 LISTED = 1_000
 
 INDEXES = (
@@ -71,6 +77,10 @@ class OperationRepository:
         self._operations = operations
         self._jobs = jobs
         self._clock = clock
+        self._count_turns = TenantTurns(COUNTS_AT_ONCE, leaves_room=True, wait_s=WAIT_S)
+        self._call_turns = TenantTurns(CALLS_AT_ONCE, leaves_room=True, wait_s=WAIT_S)
+        # One at a time: between the count of those that run and its insert, no other may start.
+        self._start_turns = TenantTurns(1, wait_s=WAIT_S)
 
     def now(self) -> datetime:
         """Return the current time."""
@@ -80,13 +90,16 @@ class OperationRepository:
         """Return the number of selected jobs, and True when there may be more.
 
         Raises:
-            Unavailable: MongoDB is unavailable.
+            Unavailable: MongoDB is unavailable, or too many counts wait.
         """
         with translated("counting jobs"):
-            try:
-                found = await self._jobs.count_documents(selection.query(now), limit=COUNTED, maxTimeMS=COUNT_MS)
-            except ExecutionTimeout:
-                return 0, True
+            async with self._count_turns.take(selection.matching.tenant):
+                # MongoDB counts on when a client has left.
+                counting = self._jobs.count_documents(selection.query(now), limit=COUNTED, maxTimeMS=COUNT_MS)
+                try:
+                    found = await uninterrupted(counting)
+                except ExecutionTimeout:
+                    return 0, True
         return found, found == COUNTED
 
     async def start(self, operation: Operation) -> None:
@@ -96,19 +109,23 @@ class OperationRepository:
             ResourceExhausted: too many operations run. Unavailable: MongoDB is unavailable.
         """
         with translated("starting an operation"):
-            for field, most, whose in (
-                ({"tenant": operation.tenant}, RUNNING_OF_TENANT, "of this tenant "),
-                ({}, RUNNING_TOGETHER, ""),
-            ):
-                if await self._operations.count_documents({**_RUNNING, **field}, limit=most) >= most:
-                    raise ResourceExhausted(
-                        f"{most} operations {whose}run already, which is the limit: wait for one, or abort one"
-                    )
-            await self._operations.insert_one(_document_of(operation))
-            ended = {"tenant": operation.tenant, "ended_at": {"$exists": True}}
-            old = self._operations.find(ended, {"_id": 1}).sort("_id", DESCENDING).skip(KEPT)
-            if ids := [document["_id"] async for document in old]:
-                await self._operations.delete_many({"_id": {"$in": ids}})
+            async with self._start_turns.take(operation.tenant):
+                await uninterrupted(self._start(operation))
+
+    async def _start(self, operation: Operation) -> None:
+        for field, most, whose in (
+            ({"tenant": operation.tenant}, RUNNING_OF_TENANT, "of this tenant "),
+            ({}, RUNNING_TOGETHER, ""),
+        ):
+            if await self._operations.count_documents({**_RUNNING, **field}, limit=most) >= most:
+                raise ResourceExhausted(
+                    f"{most} operations {whose}run already, which is the limit: wait for one, or abort one"
+                )
+        await self._operations.insert_one(_document_of(operation))
+        ended = {"tenant": operation.tenant, "ended_at": {"$exists": True}}
+        old = self._operations.find(ended, {"_id": 1}).sort("_id", DESCENDING).skip(KEPT)
+        if ids := [document["_id"] async for document in old]:
+            await self._operations.delete_many({"_id": {"$in": ids}})
 
     async def get(self, operation_id: str, scope: TenantScope = EVERY_TENANT) -> Operation:
         """Return an operation of the scope.
@@ -117,7 +134,9 @@ class OperationRepository:
             NotFound: no such operation. Unavailable: MongoDB is unavailable.
         """
         with translated("reading an operation"):
-            document = await self._operations.find_one({"_id": operation_id, **scope.condition})
+            async with self._call_turns.take(scope.tenant or ""):
+                found = self._operations.find_one({"_id": operation_id, **scope.condition})
+                document = await uninterrupted(found)
         return _operation_of(_found(document, operation_id))
 
     async def list(self, tenant: str) -> list[Operation]:
@@ -128,7 +147,8 @@ class OperationRepository:
         """
         with translated("listing operations"):
             cursor = self._operations.find({"tenant": tenant} if tenant else {}).sort("_id", DESCENDING).limit(LISTED)
-            return [_operation_of(document) async for document in cursor]
+            async with self._call_turns.take(tenant):
+                return [_operation_of(document) for document in await uninterrupted(cursor.to_list())]
 
     async def abort(self, operation_id: str, scope: TenantScope = EVERY_TENANT) -> Operation:
         """End an operation of the scope that runs; return it. One that has ended does not change.
@@ -137,11 +157,13 @@ class OperationRepository:
             NotFound: no such operation. Unavailable: MongoDB is unavailable.
         """
         with translated("aborting an operation"):
-            document = await self._operations.find_one_and_update(
-                {"_id": operation_id, **scope.condition, **_RUNNING},
-                {"$set": _ended(OperationState.ABORTED, self._clock())},
-                return_document=ReturnDocument.AFTER,
-            )
+            async with self._call_turns.take(scope.tenant or ""):
+                ending = self._operations.find_one_and_update(
+                    {"_id": operation_id, **scope.condition, **_RUNNING},
+                    {"$set": _ended(OperationState.ABORTED, self._clock())},
+                    return_document=ReturnDocument.AFTER,
+                )
+                document = await uninterrupted(ending)
         return await self.get(operation_id, scope) if document is None else _operation_of(document)
 
     async def running(self) -> builtins.list[Operation]:

@@ -28,6 +28,8 @@ READS_AT_ONCE = 24
 """Half of the connections to MongoDB. Thousands of watchers read at once when their change stream is opened again."""
 PAGES_AT_ONCE = 4
 """Each page has up to 1,000 jobs, some megabytes."""
+PAYLOADS_AT_ONCE = 6
+"""Each request has up to 12 MiB, of which the store and this process hold copies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class Jobs:
         self._payloads = payloads
         self._turns = TenantTurns(READS_AT_ONCE, leaves_room=True, wait_s=WAIT_S)
         self._page_turns = TenantTurns(PAGES_AT_ONCE, leaves_room=True)
+        self._payload_turns = TenantTurns(PAYLOADS_AT_ONCE, leaves_room=True, wait_s=WAIT_S)
         self.pauses = Pauses()
         """Of calls for pages."""
 
@@ -97,20 +100,24 @@ class Jobs:
             Unavailable: MongoDB is unavailable.
         """
         job = await self.get(job_id, scope)
+        request = None
         # An external payload may exist for a moment after the end of its job.
-        if not job.needs_request:
-            request = None
-        elif job.is_apart:
-            request = await self._payloads.get(job_id)
-        else:
-            with translated("reading the request of a job"):
-                document = await self._jobs.find_one({"_id": job_id, **scope.condition}, {"request": 1})
-            request = (document or {}).get("request")
+        if job.needs_request:
+            async with self._payload_turns.take(scope.tenant or ""):
+                request = await self._request(job, scope)
         if request is None:
             raise FailedPrecondition(
                 f"job {job_id} is {job.state}, and its request is not kept: submit with keep_request to keep it"
             )
-        return bytes(request)
+        return request
+
+    async def _request(self, job: Job, scope: TenantScope) -> bytes | None:
+        if job.is_apart:
+            return await self._payloads.get(job.id)
+        with translated("reading the request of a job"):
+            found = self._jobs.find_one({"_id": job.id, **scope.condition}, {"request": 1})
+            request = ((await uninterrupted(found)) or {}).get("request")
+        return None if request is None else bytes(request)
 
     async def page(self, selection: Query, size: int, token: str) -> Page:
         """Return a page of jobs, newest first. `size` 0 means 100. A page may be short or empty, and have a next one.

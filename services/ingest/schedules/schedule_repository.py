@@ -11,12 +11,17 @@ from pymongo.errors import DuplicateKeyError
 
 from mesh.mongo import Document, translated
 from mesh.mongo_clock import Clock
+from mesh.process.tasks import uninterrupted
+from mesh.rpc.places import are_for_others
+from mesh.rpc.tenant_turns import WAIT_S, TenantTurns
 from services.ingest.schedules.documents import document_of, id_of, schedule_of
 from services.ingest.schedules.schedule import Schedule
 from shoal.errors import Aborted, AlreadyExists, NotFound, ResourceExhausted
 
 MOST = 10_000
 """Maximum number of schedules: one leader fires all of them."""
+CALLS_AT_ONCE = 6
+"""Reads and changes of single schedules that one instance serves at a time."""
 _LIGHT = {"template": 0}
 _LEADER_FIELDS = ("last_at", "last_job", "last_skip", "fired", "skipped")
 
@@ -27,6 +32,7 @@ class ScheduleRepository:
     def __init__(self, schedules: AsyncCollection[Document], clock: Clock) -> None:
         self._schedules = schedules
         self._clock = clock
+        self._turns = TenantTurns(CALLS_AT_ONCE, leaves_room=True, wait_s=WAIT_S)
 
     def now(self) -> datetime:
         """Return the current time."""
@@ -39,6 +45,10 @@ class ScheduleRepository:
             AlreadyExists: the schedule exists, and `replaces` is False. ResourceExhausted: too many schedules.
             Aborted: it was changed concurrently. Unavailable: MongoDB is unavailable.
         """
+        async with self._turns.take(requested.tenant):
+            return await uninterrupted(self._put(requested, replaces=replaces))
+
+    async def _put(self, requested: Schedule, *, replaces: bool) -> Schedule:
         with translated("storing a schedule"):
             before = await self._schedules.find_one({"_id": id_of(requested.tenant, requested.name)})
             if before is None:
@@ -53,6 +63,10 @@ class ScheduleRepository:
         Raises:
             NotFound: no such schedule. Unavailable: MongoDB is unavailable.
         """
+        async with self._turns.take(tenant):
+            return await uninterrupted(self._get(tenant, name))
+
+    async def _get(self, tenant: str, name: str) -> Schedule:
         with translated("reading a schedule"):
             document = await self._schedules.find_one({"_id": id_of(tenant, name)})
         return schedule_of(_found(document, name))
@@ -73,7 +87,11 @@ class ScheduleRepository:
         Raises:
             NotFound: no such schedule. Aborted: it was changed concurrently. Unavailable: MongoDB is unavailable.
         """
-        before = await self.get(tenant, name)
+        async with self._turns.take(tenant):
+            return await uninterrupted(self._pause(tenant, name, paused))
+
+    async def _pause(self, tenant: str, name: str, paused: bool) -> Schedule:
+        before = await self._get(tenant, name)
         if before.is_paused == paused:
             return before
         now = self._clock()
@@ -85,13 +103,21 @@ class ScheduleRepository:
         Raises:
             NotFound: no such schedule. Unavailable: MongoDB is unavailable.
         """
-        with translated("removing a schedule"):
-            document = await self._schedules.find_one_and_delete({"_id": id_of(tenant, name)})
+        async with self._turns.take(tenant):
+            with translated("removing a schedule"):
+                removing = self._schedules.find_one_and_delete({"_id": id_of(tenant, name)})
+                document = await uninterrupted(removing)
         return schedule_of(_found(document, name))
 
     async def _make(self, requested: Schedule) -> Schedule:
-        if await self._schedules.estimated_document_count() >= MOST:
+        free = MOST - await self._schedules.estimated_document_count()
+        if free <= 0:
             raise ResourceExhausted(f"there are {MOST} schedules, which is the limit: remove some")
+        tenant = requested.tenant
+        if tenant and are_for_others(held := await self._schedules.count_documents({"tenant": tenant}), free):
+            raise ResourceExhausted(
+                f"tenant {tenant!r} has {held} schedules, and the {free} that may be added are for others: remove some"
+            )
         try:
             await self._schedules.insert_one(document_of(requested))
         except DuplicateKeyError:
