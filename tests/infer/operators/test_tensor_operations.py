@@ -112,6 +112,24 @@ def test_a_mask_of_another_length_is_named(made):
     assert "has no token" in making.wrong(made("pool_normalize", pooling="cls"), **given)
 
 
+def test_embeddings_of_no_tokens_are_not_larger_than_any_model_has_them(made):
+    """Without tokens, an input of no bytes claims any size of its embedding."""
+    for size, tokens in ((1 << 31) - 1, 0), ((1 << 31) - 1, 5):
+        given = {
+            "token_embeddings": np.empty((64, 0, size), np.float32),
+            "attention_mask": np.ones((64, tokens), np.int64),
+        }
+        results = making.rows(made("pool_normalize"), given)
+        assert len(results.unfit) == 64
+        assert results.values[0].nbytes == 0
+    given = {"token_embeddings": floats(1, 0, 65_537), "attention_mask": np.ones((1, 0), np.int64)}
+    assert making.wrong(made("pool_normalize"), **given) == (
+        "input 'token_embeddings' has no tokens of 65537 numbers: expected at most 65536 numbers, or a token"
+    )
+    given = {"token_embeddings": floats(2, 0, 65_536), "attention_mask": np.ones((2, 0), np.int64)}
+    assert not making.run(made("pool_normalize"), **given)["embedding"].any()
+
+
 # softmax_topk
 
 
