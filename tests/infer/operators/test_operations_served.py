@@ -120,6 +120,17 @@ def sizes_of(response: pb.ModelInferResponse) -> list[list[int]]:
     return sizes
 
 
+async def test_images_without_pixels_are_not_taken_by_the_million(serve, models_folder, put):
+    put("crop", operation("crop_boxes"))
+    serving = await serve(models_folder.root)
+    rows = 1 << 28
+    image, boxes = np.empty((rows, 0, 1, 3), np.uint8), np.empty((rows, 0, 4, 2), np.float32)
+    with pytest.raises(grpc.aio.AioRpcError) as err:
+        await serving.stub.ModelInfer(request("crop", image=image, boxes=boxes))
+    assert err.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "] is given row by row: expected at most 100000 rows" in err.value.details()
+
+
 async def test_wrong_configurations_are_told_in_the_index(serve, models_folder, put):
     wrong = {
         "unknown_operation": (operation("resise"), "operation 'resise' is unknown"),
