@@ -83,6 +83,21 @@ async def test_images_of_different_sizes_share_one_execution(serve, models_folde
     assert all(output(response, "image").shape == (1, 3, 16, 16) for response in responses)
 
 
+async def test_a_very_long_row_of_tokens_pads_only_its_own_request(serve, models_folder, put):
+    put("pad", operation("pad_tokens") + TOGETHER % 8)
+    serving = await serve(models_folder.root)
+    lengths = [3, 5, 100_000, 9, 8, 1, 2, 30_000]
+    asked = [request("pad", input_ids=np.ones((1, length), np.int64)) for length in lengths]
+    await serving.stub.ModelInfer(asked[0])
+    responses = await asyncio.gather(*(serving.stub.ModelInfer(each) for each in asked))
+    assert await executions(serving, "pad") == (2, 9)
+    for length, response in zip(lengths, responses, strict=True):
+        for name in ("input_ids", "attention_mask", "token_type_ids"):
+            padded = output(response, name)
+            assert padded.shape == (1, -(-length // 8) * 8)
+            assert padded.sum() == (0 if name == "token_type_ids" else length)
+
+
 async def test_a_bad_image_fails_alone_in_its_batch(serve, models_folder, put):
     put("decode", DECODE + TOGETHER % 3)
     serving = await serve(models_folder.root)

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from services.infer.requests import ragged
 from shoal.errors import FailedPrecondition
 from tests.infer.operators import making
 
@@ -80,6 +81,36 @@ def test_types_must_be_as_many_as_ids(made):
         made("pad_tokens"), {"input_ids": [np.arange(3), np.arange(2)], "token_type_ids": [np.arange(3), np.arange(3)]}
     )
     assert results.unfit == {1: "input 'token_type_ids' has 3 numbers, input 'input_ids' 2: expected as many"}
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("has_types", [True, False])
+def test_a_very_long_row_pads_no_row_of_other_requests(made, side, has_types):
+    """64 rows of a few tokens took the memory of the long one each, in three outputs."""
+    pad = made("pad_tokens", side=side, pad_id="9", multiple_of="4")
+    ids = [np.arange(1, 4), np.arange(1, 8), np.arange(1 << 20), *[np.arange(2)] * 61]
+    given = {"input_ids": ids} | ({"token_type_ids": [row % 2 for row in ids]} if has_types else {})
+    results = making.rows(pad, given)
+    counts = [2, 1, *[1] * 61]
+    requests = list(zip(*[ragged.parted(value, counts) for value in results.values], strict=True))
+    shapes = [[value.shape for value in outputs] for outputs in requests]
+    assert shapes == [[(2, 8)] * 3, [(1, 1 << 20)] * 3, *[[(1, 4)] * 3] * 61]
+    alone = [
+        making.run(pad, **{name: ragged.parted(value, counts)[n] for name, value in given.items()}) for n in range(3)
+    ]
+    for outputs, expected in zip(requests, alone, strict=False):
+        for value, other in zip(outputs, expected.values(), strict=True):
+            assert value.dtype == np.int64
+            np.testing.assert_array_equal(value, other)
+
+
+def test_many_rows_of_one_request_are_one_tensor(made):
+    pad = made("pad_tokens", multiple_of="4096")
+    ids = np.arange(1200).reshape(600, 2)
+    values = pad.run({"input_ids": ids}, [spec.name for spec in pad.outputs])
+    assert [value.shape for value in values] == [(600, 4096)] * 3
+    np.testing.assert_array_equal(values[0][:, :3], np.pad(ids, ((0, 0), (0, 1))))
+    np.testing.assert_array_equal(values[1].sum(axis=1), 2)
 
 
 # pool_normalize
