@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from services.infer.operators import nms as nms_operation
 from services.infer.requests import ragged
 from shoal.errors import FailedPrecondition
 from tests.infer.operators import making
@@ -226,6 +227,24 @@ def test_few_and_good_boxes(made):
     assert got["keep"][0].tolist() == [19, 18]
     got = making.run(made("nms", max_boxes="3"), boxes=[boxes], scores=[scores])
     assert got["keep"][0].tolist() == [19, 18, 17]
+
+
+def test_the_work_ends_with_the_last_box_that_is_kept(made, monkeypatch):
+    """30,000 boxes that overlap nothing were compared with each other, though 300 are kept."""
+    sizes = []
+
+    def spied(*args, out, **options):
+        sizes.append(len(out))
+        return kernel(*args, out=out, **options)
+
+    kernel = nms_operation.nms
+    nms = made("nms")
+    monkeypatch.setattr(nms_operation, "nms", spied)
+    boxes = np.array([[n * 20, 0, n * 20 + 9, 9] for n in range(1000)], np.float32)
+    scores = np.linspace(0, 1, 1000, dtype=np.float32)
+    got = making.run(nms, boxes=[boxes, boxes[:7]], scores=[scores, scores[:7]])
+    assert sorted(sizes) == [7, 300]
+    assert [kept.tolist() for kept in got["keep"]] == [[*range(999, 699, -1)], [*range(6, -1, -1)]]
 
 
 def test_boxes_without_their_scores_are_refused(made):
