@@ -139,7 +139,8 @@ class OperationSession(Session):
             raise ModelFailed(next(iter(results.unfit.values())))
         try:
             named = zip(outputs, results.values, strict=True)
-            return [ragged.dense(value, self._outputs[name], "output") for name, value in named]
+            # All rows are one request's: a slice, because an operation may pad the rows of each request by themselves.
+            return [ragged.dense(value[:], self._outputs[name], "output") for name, value in named]
         except InvalidArgument as err:
             raise ModelFailed(err.message) from err
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from pydantic import Field
 
+from kernels import arrays
 from kernels.nms import nms
 from services.infer.operators.operation import OperationContext, Results, Unfit, map_rows, spec
 from services.infer.operators.parameters import Parameters
@@ -26,7 +27,7 @@ class NmsParameters(Parameters):
     max_boxes: int = Field(300, ge=1, le=100_000)
     """Largest number of boxes that are kept, the best first."""
     max_candidates: int = Field(30_000, ge=1, le=1_000_000)
-    """Largest number of boxes in a row: the work grows with its square."""
+    """Largest number of boxes in a row: on a GPU, work and memory grow with its square."""
 
 
 class Nms:
@@ -75,12 +76,16 @@ class Nms:
             raise Unfit(f"input 'boxes' has {len(boxes)}, more than max_candidates, {self._parameters.max_candidates}")
         to_device = self._device.to_device
         with self._device.computing():
+            on_device = to_device(boxes)
+            # The work ends with the last box that is kept. Without a bound it grows with the square of the boxes.
+            best = arrays.empty(on_device, (min(len(boxes), self._parameters.max_boxes),), arrays.INT64)
             keep = nms(
-                to_device(boxes),
+                on_device,
                 to_device(scores),
                 self._parameters.iou_threshold,
                 groups=None if classes is None else to_device(classes),
                 least_score=self._parameters.score_threshold,
+                out=best,
             )
             kept = self._device.to_host(keep)
-        return kept[kept >= 0][: self._parameters.max_boxes]
+        return kept[kept >= 0]

@@ -1,9 +1,13 @@
-"""Operation `pad_tokens`: token lists of any lengths to a padded batch with an attention mask."""
+"""Operation `pad_tokens`: token lists of any lengths to a padded batch with an attention mask.
+
+rows of an execution ──little padding──> one batch, as wide as the longest row
+                     └──much──> RequestRows: a batch for each request, as wide as its own longest row
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 from pydantic import Field
@@ -17,6 +21,11 @@ from services.infer.requests.tensors import Tensor
 V = TypeVar("V")
 
 _OUTPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+# In tokens of 8 bytes, of one row and of all. Beyond, one caller's long row would take the memory of its length for
+# each row of the others, in three outputs, and their models would compute on it.
+_MAX_ROW_PADDING = 32_768
+_MAX_PADDING = 2 << 20
 
 
 class PadTokensParameters(Parameters):
@@ -60,6 +69,8 @@ class PadTokens:
             if len(kind) != len(ids)
         }
         if not self._is_ragged:
+            if self._has_much_padding(ids_rows):
+                return Results(self._by_request(ids_rows, types), unfit)
             batch = self._batch(ids_rows, types, self._device.to_value)
             return Results(dict(zip(_OUTPUTS, batch, strict=True)), unfit)
         batches = [self._batch([ids], types[n : n + 1], self._device.to_host) for n, ids in enumerate(ids_rows)]
@@ -77,6 +88,24 @@ class PadTokens:
             kinds = convert(self._padded(types, width, 0)[0])
         return convert(ids), convert(mask), kinds
 
+    def _has_much_padding(self, ids_rows: Rows) -> bool:
+        lengths = list(map(len, ids_rows))
+        if self._parameters.length or not lengths:
+            return False
+        width = self._width(max(lengths))
+        padding = sum(width - min(length, width) for length in lengths)
+        return width - min(lengths) > _MAX_ROW_PADDING or padding > _MAX_PADDING
+
+    def _by_request(self, ids_rows: Rows, types: Rows) -> Mapping[str, Value]:
+        lengths = list(map(len, ids_rows))
+        contents: tuple[Sequence[Any], ...] = (ids_rows, [1] * len(lengths), types or [0] * len(lengths))
+        fills, is_left = (self._parameters.pad_id, 0, 0), self._parameters.side == "left"
+        # Code that only counts and cuts the rows treats the object as a tensor.
+        return {
+            name: cast("Tensor", RequestRows(rows, lengths, self._width, fill, is_left=is_left))
+            for name, rows, fill in zip(_OUTPUTS, contents, fills, strict=True)
+        }
+
     def _width(self, longest: int) -> int:
         parameters = self._parameters
         if parameters.length:
@@ -91,4 +120,28 @@ class PadTokens:
         padded: tuple[Any, Any] = pad_tokens(
             to_device(flat), to_device(offsets), width=width, pad_id=pad_id, side=parameters.side, truncate=True
         )
+        return padded
+
+
+class RequestRows:
+    """Rows of several requests that are not padded yet: a slice, the rows of one request, is padded by itself."""
+
+    def __init__(
+        self, rows: Sequence[Any], lengths: Sequence[int], width: Callable[[int], int], fill: int, *, is_left: bool
+    ) -> None:
+        """Store `rows`, each an array or one number for all its tokens; `width` returns the width for a longest row."""
+        self._rows, self._lengths, self._width = rows, lengths, width
+        self._fill, self._is_left = fill, is_left
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """Return the rows padded to the longest of them."""
+        rows, lengths = self._rows[part], self._lengths[part]
+        width = self._width(max(lengths, default=0))
+        padded = np.full((len(rows), width), self._fill, np.int64)
+        for into, row, tokens in zip(padded, rows, lengths, strict=True):
+            length = min(tokens, width)
+            into[width - length if self._is_left else 0 :][:length] = row if np.isscalar(row) else row[:length]
         return padded

@@ -13,6 +13,9 @@ from services.infer.operators.parameters import Parameters
 from services.infer.requests.ragged import Value
 from services.infer.requests.tensors import Tensor
 
+# A tensor without tokens has no bytes, whatever the size of its embeddings.
+_MAX_SIZE_OF_NONE = 1 << 16
+
 
 class PoolNormalizeParameters(Parameters):
     """Parameters of `pool_normalize`."""
@@ -41,6 +44,12 @@ class PoolNormalize:
             return self._unfit(tokens, f"input 'attention_mask' is for {mask.shape[1]} tokens, there are {count}")
         if self._parameters.pooling == "cls" and not tokens.shape[1]:
             return self._unfit(tokens, "input 'token_embeddings' has no tokens: expected at least one")
+        if not tokens.shape[1] and tokens.shape[2] > _MAX_SIZE_OF_NONE:
+            return self._unfit(
+                tokens,
+                f"input 'token_embeddings' has no tokens of {tokens.shape[2]} numbers: expected at most "
+                f"{_MAX_SIZE_OF_NONE} numbers, or a token",
+            )
         return Results({"embedding": self._device.to_value(self._pooled(tokens, mask))})
 
     def example(self) -> Mapping[str, Value]:
@@ -54,5 +63,5 @@ class PoolNormalize:
         return l2_normalize(first) if normalize else first
 
     def _unfit(self, tokens: Tensor, reason: str) -> Results:
-        placeholder = np.zeros((len(tokens), tokens.shape[2]), np.float32)
+        placeholder = np.zeros((len(tokens), 0), np.float32)
         return Results({"embedding": placeholder}, dict.fromkeys(range(len(tokens)), reason))

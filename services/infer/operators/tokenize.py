@@ -6,7 +6,7 @@ have as many ids as their text needs: `pad_tokens` pads them to a batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +24,9 @@ _FILES = ("tokenizer.json", "vocab.txt")
 
 # For fewer short texts, the hand-over to a thread takes longer than the work.
 _MIN_ROWS_PER_THREAD = 4
+
+# The library holds up to 400 bytes for each character of a text until its ids are read.
+_MAX_CHARACTERS = 2 << 20
 
 
 class TokenizeParameters(Parameters):
@@ -61,7 +64,8 @@ class Tokenize:
                 f"operation tokenize: parameter 'max_length' {parameters.max_length}: the tokenizer's special tokens "
                 f"take {specials}: expected a larger number"
             )
-        tokenizer.enable_truncation(parameters.max_length, direction=parameters.cut)
+        # The library keeps what it truncates: for a pair, every part of one text joined with every part of the other.
+        tokenizer.no_truncation()
         tokenizer.no_padding()
 
     def run(self, inputs: Mapping[str, Value]) -> Results:
@@ -72,20 +76,37 @@ class Tokenize:
             to_encode: list[Any] = list(zip(texts, pairs, strict=True))
         else:
             to_encode = texts
-        encodings = self._encode(to_encode)
-        ids: list[Tensor] = [np.array(encoding.ids, np.int64) for encoding in encodings]
-        types: list[Tensor] = [np.array(encoding.type_ids, np.int64) for encoding in encodings]
-        return Results({"input_ids": ids, "token_type_ids": types}, unfit)
+        encoded = [row for texts_together in _parts(to_encode) for row in self._encode(texts_together)]
+        return Results(
+            {"input_ids": [ids for ids, _ in encoded], "token_type_ids": [types for _, types in encoded]}, unfit
+        )
 
-    def _encode(self, texts: list[Any]) -> list[Any]:
-        """Encode texts or pairs, many in one call of the tokenizer, which releases the interpreter's lock once."""
+    def _encode(self, texts: list[Any]) -> list[tuple[Tensor, Tensor]]:
+        """Return ids and types of texts or pairs, many in one call of the tokenizer.
+
+        A call releases the interpreter's lock once.
+        """
         size = max(-(-len(texts) // self._threads.count), _MIN_ROWS_PER_THREAD)
         chunks = [texts[at : at + size] for at in range(0, len(texts), size)]
         special = self._parameters.special_tokens
-        encoded = self._threads.map(
-            lambda chunk: self._tokenizer.encode_batch(chunk, add_special_tokens=special), chunks
-        )
-        return [encoding for chunk in encoded for encoding in chunk]
+
+        def encode(chunk: list[Any]) -> list[tuple[Tensor, Tensor]]:
+            return [self._cut(row) for row in self._tokenizer.encode_batch(chunk, add_special_tokens=special)]
+
+        return [row for chunk in self._threads.map(encode, chunks) for row in chunk]
+
+    def _cut(self, encoding: Any) -> tuple[Tensor, Tensor]:
+        """Return ids and types, truncated as the library does: special tokens stay, the longer text is cut first."""
+        ids, types = np.array(encoding.ids, np.int64), np.array(encoding.type_ids, np.int64)
+        if len(ids) <= self._parameters.max_length:
+            return ids, types
+        owner = np.array([-1 if number is None else number for number in encoding.sequence_ids])
+        kept = owner < 0
+        places = [np.flatnonzero(owner == number) for number in (0, 1)]
+        room = self._parameters.max_length - int(np.count_nonzero(kept))
+        for at, count in zip(places, _shares(len(places[0]), len(places[1]), room), strict=True):
+            kept[at[:count] if self._parameters.cut == "right" else at[len(at) - count :]] = True
+        return ids[kept], types[kept]
 
     def example(self) -> Mapping[str, Value]:
         return {"text": np.array([[b"a"]], object)}
@@ -104,6 +125,32 @@ class Tokenize:
 
         # The hand-over to a thread takes some microseconds for each row, decoding a fraction of one.
         return map_rows(rows(value), text, None, "")
+
+
+def _parts(texts: list[Any]) -> Iterator[list[Any]]:
+    """Split texts or pairs into lists of at most `_MAX_CHARACTERS`, or of one longer text."""
+    part: list[Any] = []
+    size = 0
+    for text in texts:
+        length = len(text) if isinstance(text, str) else sum(map(len, text))
+        if part and size + length > _MAX_CHARACTERS:
+            yield part
+            part, size = [], 0
+        part.append(text)
+        size += length
+    if part:
+        yield part
+
+
+def _shares(first: int, second: int, room: int) -> tuple[int, int]:
+    """Return the tokens that each of two texts keeps: the longer one is cut to the shorter, then both."""
+    if first + second <= room:
+        return first, second
+    shorter = min(first, second)
+    longer = max(shorter, room - shorter)
+    if shorter + longer > room:
+        shorter, longer = room // 2, room - room // 2
+    return (shorter, longer) if first <= second else (longer, shorter)
 
 
 def _tokenizer(parameters: TokenizeParameters, assets: Assets) -> Any:

@@ -25,10 +25,24 @@ Rows: TypeAlias = list[Tensor]
 Value: TypeAlias = "Tensor | Rows"
 
 
+# As many as `crop_boxes` may be configured to return. A view takes 200 bytes and more, a row may have none.
+_MAX_ROWS = 100_000
+
+
 def rows(value: Value) -> Rows:
-    """Return one array for each row: views of a tensor, or the rows themselves."""
+    """Return one array for each row: views of a tensor, or the rows themselves.
+
+    Raises:
+        InvalidArgument: the tensor has too many rows.
+    """
+    if isinstance(value, list):
+        return value
+    if len(value) > _MAX_ROWS:
+        raise InvalidArgument(
+            f"a tensor of shape {shape_text(value.shape)} is given row by row: expected at most {_MAX_ROWS} rows"
+        )
     # With the dots, a row of one element is an array as well.
-    return value if isinstance(value, list) else [value[n, ...] for n in range(len(value))]
+    return [value[n, ...] for n in range(len(value))]
 
 
 def joined(values: Iterable[Value]) -> Rows:

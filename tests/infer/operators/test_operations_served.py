@@ -83,6 +83,21 @@ async def test_images_of_different_sizes_share_one_execution(serve, models_folde
     assert all(output(response, "image").shape == (1, 3, 16, 16) for response in responses)
 
 
+async def test_a_very_long_row_of_tokens_pads_only_its_own_request(serve, models_folder, put):
+    put("pad", operation("pad_tokens") + TOGETHER % 8)
+    serving = await serve(models_folder.root)
+    lengths = [3, 5, 100_000, 9, 8, 1, 2, 30_000]
+    asked = [request("pad", input_ids=np.ones((1, length), np.int64)) for length in lengths]
+    await serving.stub.ModelInfer(asked[0])
+    responses = await asyncio.gather(*(serving.stub.ModelInfer(each) for each in asked))
+    assert await executions(serving, "pad") == (2, 9)
+    for length, response in zip(lengths, responses, strict=True):
+        for name in ("input_ids", "attention_mask", "token_type_ids"):
+            padded = output(response, name)
+            assert padded.shape == (1, -(-length // 8) * 8)
+            assert padded.sum() == (0 if name == "token_type_ids" else length)
+
+
 async def test_a_bad_image_fails_alone_in_its_batch(serve, models_folder, put):
     put("decode", DECODE + TOGETHER % 3)
     serving = await serve(models_folder.root)
@@ -118,6 +133,17 @@ async def test_rows_of_one_request_must_be_even_to_be_a_tensor(serve, models_fol
 def sizes_of(response: pb.ModelInferResponse) -> list[list[int]]:
     sizes: list[list[int]] = np.frombuffer(response.raw_output_contents[0], "<i4").reshape(-1, 2).tolist()
     return sizes
+
+
+async def test_images_without_pixels_are_not_taken_by_the_million(serve, models_folder, put):
+    put("crop", operation("crop_boxes"))
+    serving = await serve(models_folder.root)
+    rows = 1 << 28
+    image, boxes = np.empty((rows, 0, 1, 3), np.uint8), np.empty((rows, 0, 4, 2), np.float32)
+    with pytest.raises(grpc.aio.AioRpcError) as err:
+        await serving.stub.ModelInfer(request("crop", image=image, boxes=boxes))
+    assert err.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "] is given row by row: expected at most 100000 rows" in err.value.details()
 
 
 async def test_wrong_configurations_are_told_in_the_index(serve, models_folder, put):

@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 
+from services.infer.operators import nms as nms_operation
+from services.infer.requests import ragged
 from shoal.errors import FailedPrecondition
 from tests.infer.operators import making
 
@@ -82,6 +84,36 @@ def test_types_must_be_as_many_as_ids(made):
     assert results.unfit == {1: "input 'token_type_ids' has 3 numbers, input 'input_ids' 2: expected as many"}
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("has_types", [True, False])
+def test_a_very_long_row_pads_no_row_of_other_requests(made, side, has_types):
+    """64 rows of a few tokens took the memory of the long one each, in three outputs."""
+    pad = made("pad_tokens", side=side, pad_id="9", multiple_of="4")
+    ids = [np.arange(1, 4), np.arange(1, 8), np.arange(1 << 20), *[np.arange(2)] * 61]
+    given = {"input_ids": ids} | ({"token_type_ids": [row % 2 for row in ids]} if has_types else {})
+    results = making.rows(pad, given)
+    counts = [2, 1, *[1] * 61]
+    requests = list(zip(*[ragged.parted(value, counts) for value in results.values], strict=True))
+    shapes = [[value.shape for value in outputs] for outputs in requests]
+    assert shapes == [[(2, 8)] * 3, [(1, 1 << 20)] * 3, *[[(1, 4)] * 3] * 61]
+    alone = [
+        making.run(pad, **{name: ragged.parted(value, counts)[n] for name, value in given.items()}) for n in range(3)
+    ]
+    for outputs, expected in zip(requests, alone, strict=False):
+        for value, other in zip(outputs, expected.values(), strict=True):
+            assert value.dtype == np.int64
+            np.testing.assert_array_equal(value, other)
+
+
+def test_many_rows_of_one_request_are_one_tensor(made):
+    pad = made("pad_tokens", multiple_of="4096")
+    ids = np.arange(1200).reshape(600, 2)
+    values = pad.run({"input_ids": ids}, [spec.name for spec in pad.outputs])
+    assert [value.shape for value in values] == [(600, 4096)] * 3
+    np.testing.assert_array_equal(values[0][:, :3], np.pad(ids, ((0, 0), (0, 1))))
+    np.testing.assert_array_equal(values[1].sum(axis=1), 2)
+
+
 # pool_normalize
 
 
@@ -110,6 +142,24 @@ def test_a_mask_of_another_length_is_named(made):
     assert "'attention_mask' is for 4 tokens, there are 3" in making.wrong(made("pool_normalize"), **given)
     given = {"token_embeddings": floats(1, 0, 4), "attention_mask": np.ones((1, 0), np.int64)}
     assert "has no token" in making.wrong(made("pool_normalize", pooling="cls"), **given)
+
+
+def test_embeddings_of_no_tokens_are_not_larger_than_any_model_has_them(made):
+    """Without tokens, an input of no bytes claims any size of its embedding."""
+    for size, tokens in ((1 << 31) - 1, 0), ((1 << 31) - 1, 5):
+        given = {
+            "token_embeddings": np.empty((64, 0, size), np.float32),
+            "attention_mask": np.ones((64, tokens), np.int64),
+        }
+        results = making.rows(made("pool_normalize"), given)
+        assert len(results.unfit) == 64
+        assert results.values[0].nbytes == 0
+    given = {"token_embeddings": floats(1, 0, 65_537), "attention_mask": np.ones((1, 0), np.int64)}
+    assert making.wrong(made("pool_normalize"), **given) == (
+        "input 'token_embeddings' has no tokens of 65537 numbers: expected at most 65536 numbers, or a token"
+    )
+    given = {"token_embeddings": floats(2, 0, 65_536), "attention_mask": np.ones((2, 0), np.int64)}
+    assert not making.run(made("pool_normalize"), **given)["embedding"].any()
 
 
 # softmax_topk
@@ -177,6 +227,24 @@ def test_few_and_good_boxes(made):
     assert got["keep"][0].tolist() == [19, 18]
     got = making.run(made("nms", max_boxes="3"), boxes=[boxes], scores=[scores])
     assert got["keep"][0].tolist() == [19, 18, 17]
+
+
+def test_the_work_ends_with_the_last_box_that_is_kept(made, monkeypatch):
+    """30,000 boxes that overlap nothing were compared with each other, though 300 are kept."""
+    sizes = []
+
+    def spied(*args, out, **options):
+        sizes.append(len(out))
+        return kernel(*args, out=out, **options)
+
+    kernel = nms_operation.nms
+    nms = made("nms")
+    monkeypatch.setattr(nms_operation, "nms", spied)
+    boxes = np.array([[n * 20, 0, n * 20 + 9, 9] for n in range(1000)], np.float32)
+    scores = np.linspace(0, 1, 1000, dtype=np.float32)
+    got = making.run(nms, boxes=[boxes, boxes[:7]], scores=[scores, scores[:7]])
+    assert sorted(sizes) == [7, 300]
+    assert [kept.tolist() for kept in got["keep"]] == [[*range(999, 699, -1)], [*range(6, -1, -1)]]
 
 
 def test_boxes_without_their_scores_are_refused(made):

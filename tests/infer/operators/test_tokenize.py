@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from tokenizers.implementations import BertWordPieceTokenizer
 
+from services.infer.operators import tokenize
 from shoal.errors import FailedPrecondition
 from tests.infer.operators import making
 from tests.infer.operators.images import array
@@ -66,6 +70,80 @@ def test_pairs_have_types(folder):
     outputs = making.run(made, text=texts("many", "as one"), pair=texts("one", ""))
     assert outputs["input_ids"][0].tolist() == [2, 5, 3, 11, 3]
     assert outputs["token_type_ids"][0].tolist() == [0, 0, 0, 1, 1]
+
+
+PROCESSORS = {
+    "none": None,
+    "bert": processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2)),
+    "roberta": processors.RobertaProcessing(("[SEP]", 3), ("[CLS]", 2)),
+    "turned": processors.TemplateProcessing(
+        single="$A:2 [SEP]", pair="$B:1 [SEP]:1 $A:0", special_tokens=[("[SEP]", 3)]
+    ),
+    "bytes": processors.Sequence(
+        [
+            processors.ByteLevel(),
+            processors.TemplateProcessing(single="[CLS] $A", pair="[CLS] $A $B:1", special_tokens=[("[CLS]", 2)]),
+        ]
+    ),
+}
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("cut", ["right", "left"])
+@pytest.mark.parametrize("special", [True, False])
+def test_texts_and_pairs_are_truncated_as_by_the_library(tmp_path, processor, cut, special):
+    words = [*WORDS[:5], *"abcdefgh"]
+    library = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
+    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    if PROCESSORS[processor] is not None:
+        library.post_processor = PROCESSORS[processor]
+    library.save(str(tmp_path / "tokenizer.json"))
+    lengths = [(first, second) for first in (0, 1, 4, 5, 9, 13) for second in (0, 1, 3, 5, 8, 14)]
+    pairs = [(" ".join("abcdefghabcdefgh"[:first]), " ".join("hgfedcbahgfedcba"[:second])) for first, second in lengths]
+    for max_length in (5, 7, 8, 12):
+        made = making.session(
+            tmp_path, "tokenize", max_length=str(max_length), cut=cut, special_tokens=str(special).lower()
+        )
+        library.enable_truncation(max_length, direction=cut)
+        firsts, seconds = texts(*(first for first, _ in pairs)), texts(*(second for _, second in pairs))
+        for given, outputs in (
+            ([first for first, _ in pairs], making.run(made, text=firsts)),
+            (pairs, making.run(made, text=firsts, pair=seconds)),
+        ):
+            expected = library.encode_batch(given, add_special_tokens=special)
+            assert [row.tolist() for row in outputs["input_ids"]] == [each.ids for each in expected]
+            assert [row.tolist() for row in outputs["token_type_ids"]] == [each.type_ids for each in expected]
+
+
+_LONG_PAIR = """
+import resource, sys
+from pathlib import Path
+from tests.infer.operators import making
+from tests.infer.operators.images import array
+
+made = making.session(Path(sys.argv[1]), "tokenize", file="vocab.txt")
+resource.setrlimit(resource.RLIMIT_AS, (3 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+text = array(b"," * 100_000)
+print(len(making.run(made, text=text, pair=text)["input_ids"][0]))
+"""
+
+
+def test_a_long_pair_takes_no_memory_of_its_length_squared(folder):
+    """The library kept each part of one text joined with each part of the other, and ended the process."""
+    command = [sys.executable, "-c", _LONG_PAIR, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "512"), done.stderr[-500:]
+
+
+def test_long_texts_are_tokenized_one_after_the_other(folder, monkeypatch):
+    made = making.session(folder, "tokenize", file="vocab.txt")
+    together = making.run(made, text=texts(*TEXTS), pair=texts(*reversed(TEXTS)))
+    monkeypatch.setattr(tokenize, "_MAX_CHARACTERS", 30)
+    parts = [[len(text) for text in part] for part in tokenize._parts(["a" * n for n in (10, 20, 1, 40, 5, 25, 5)])]
+    assert parts == [[10, 20], [1], [40], [5, 25], [5]]
+    apart = making.run(made, text=texts(*TEXTS), pair=texts(*reversed(TEXTS)))
+    for name in ("input_ids", "token_type_ids"):
+        assert [row.tolist() for row in apart[name]] == [row.tolist() for row in together[name]]
 
 
 def test_text_that_is_none_fails_alone(folder):

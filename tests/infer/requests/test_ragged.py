@@ -24,6 +24,13 @@ def test_rows_of_a_tensor_are_views_and_arrays():
     assert all(isinstance(each, np.ndarray) for each in ragged.rows(np.arange(3)))
 
 
+def test_rows_are_bounded_because_they_may_have_no_bytes():
+    for tensor in np.empty((1 << 30, 0, 1, 3), np.uint8), np.empty(100_001, np.uint8):
+        with pytest.raises(InvalidArgument, match=r"\] is given row by row: expected at most 100000 rows"):
+            ragged.joined([tensor])
+    assert len(ragged.rows(np.empty((100_000, 0), np.uint8))) == 100_000
+
+
 def test_joined_rows_can_be_split_again():
     values = [np.zeros((2, 4)), [np.zeros(3), np.zeros(5)], np.zeros((0, 9)), []]
     joined = ragged.joined(values)
