@@ -8,7 +8,8 @@ The first pass treats a row as a matrix of eight stretches, and computes the max
     maxima      ^ of the column                          and one of the remaining logits, seven at most
 
 The k-th largest of these maxima is a bound: at least k logits reach it. Only columns whose maximum reaches the bound
-are read again, and only their logits that reach it are sorted. The second pass sums the exponentials.
+are read again, and of their logits that reach it the k best are sorted, by a heap: a quicksort is quadratic for some
+orders of a caller's logits. The second pass sums the exponentials.
 
 Both loops use vectors of 8 or 16 lanes. LLVM vectorises a maximum or a sum of floats only if NaN and infinities may be
 ignored, which would be wrong here. Therefore maxima are computed on integers in the order of the floats, and only the
@@ -32,7 +33,7 @@ LOWEST = np.int32(-0x80000000)
 MAGNITUDE = np.int32(0x7FFFFFFF)
 INFINITY = np.int32(0x7F800000)
 INDEX = np.uint64(0xFFFFFFFF)
-# Largest number of candidates for an insertion sort, two to four times as fast as a general sort at this size.
+# Largest number of candidates for an insertion sort, two to four times as fast as any other at this size.
 FEW = 32
 
 LOG2E = np.float32(1.44269504)
@@ -111,13 +112,46 @@ def maxima_of(bits, maxima):
 
 
 @njit(nogil=True, cache=True)
+def sink(heap, size):
+    """Restore a heap of `size` elements, the largest first, of which only the first may be too small."""
+    value = heap[0]
+    at, child = 0, 1
+    while child < size:
+        if child + 1 < size and heap[child + 1] > heap[child]:
+            child += 1
+        if heap[child] <= value:
+            break
+        heap[at] = heap[child]
+        at, child = child, 2 * child + 1
+    heap[at] = value
+
+
+@njit(nogil=True, cache=True)
+def keep_least(values, count):
+    """Make the first `count` elements a heap, the largest first, of the smallest of all."""
+    for end in range(1, count):
+        value, at = values[end], end
+        while at > 0 and values[(at - 1) // 2] < value:
+            values[at] = values[(at - 1) // 2]
+            at = (at - 1) // 2
+        values[at] = value
+    for end in range(count, values.size):
+        if values[end] < values[0]:
+            values[0] = values[end]
+            sink(values, count)
+
+
+@njit(nogil=True, cache=True)
 def kth_largest(keys, best):
     """Return the best.size-th largest key, or LOWEST if there are fewer keys."""
     last = best.size - 1
     if best.size > keys.size:
         return LOWEST
     if best.size > FEW:
-        return np.partition(keys, keys.size - best.size)[keys.size - best.size]
+        # Ascending in the order of `candidate_of`.
+        least = (np.int64(MAGNITUDE) - keys).astype(np.uint64)
+        keep_least(least, best.size)
+        return np.int32(np.int64(MAGNITUDE) - np.int64(least[0]))
     best[:] = LOWEST
     for key in keys:
         if key > best[last]:
@@ -158,9 +192,13 @@ def candidates_of(bits, maxima, bound, found):
 
 
 @njit(nogil=True, cache=True)
-def sort_few(found):
+def sort_least(found, count):
+    """Sort the `count` smallest to the front."""
     if found.size > FEW:
-        found.sort()
+        keep_least(found, count)
+        for last in range(count - 1, 0, -1):
+            found[0], found[last] = found[last], found[0]
+            sink(found, last)
         return
     for i in range(1, found.size):
         candidate = found[i]
@@ -186,7 +224,7 @@ def rows(logits, bits, probabilities, indices):
             bound = LOWEST
             maxima[:] = MAGNITUDE
         chosen = found[: candidates_of(bits[i], maxima, bound, found)]
-        sort_few(chosen)
+        sort_least(chosen, k)
         top = logits[i, chosen[0] & INDEX]
         # The formula gives NaN for a row with NaN or +inf, and for a row of only -inf.
         total = sum_of_exp(logits[i], top) if numbers and abs(top) < np.inf else np.float32(np.nan)

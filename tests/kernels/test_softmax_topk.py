@@ -135,6 +135,18 @@ def test_the_exponential_is_within_one_unit_in_the_last_place() -> None:
     assert [cpu.exp(np.float32(value)) for value in (-87.4, -1000, -np.inf)] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("k", [1, 5, 32, 33, 500])
+@pytest.mark.parametrize("size", [33, 1_000, 5_003])
+def test_rows_in_any_order(size: int, k: int) -> None:
+    """Many logits reach the bound, in orders that are bad for a heap or a quicksort."""
+    ascending = np.arange(size, dtype=np.float32)
+    few = np.random.default_rng(0).integers(0, 4, size).astype(np.float32)
+    pipes = np.minimum(ascending, ascending[::-1])
+    rows = [ascending, ascending[::-1], np.zeros(size, np.float32), few, pipes, -pipes]
+    logits = np.stack([*rows, *[np.append(row[1:], np.float32("nan")) for row in rows]])
+    check(logits, k, softmax_topk(logits, k))
+
+
 def test_long_rows() -> None:
     logits = np.random.default_rng(1).normal(0, 3, (2, 50_257)).astype(np.float32)
     probabilities, indices = softmax_topk(logits, 50)
