@@ -86,7 +86,7 @@ async def test_images_of_different_sizes_share_one_execution(serve, models_folde
 async def test_a_very_long_row_of_tokens_pads_only_its_own_request(serve, models_folder, put):
     put("pad", operation("pad_tokens") + TOGETHER % 8)
     serving = await serve(models_folder.root)
-    lengths = [3, 5, 100_000, 9, 8, 1, 2, 30_000]
+    lengths = [3, 5, 50_000, 9, 8, 1, 2, 10_000]
     asked = [request("pad", input_ids=np.ones((1, length), np.int64)) for length in lengths]
     await serving.stub.ModelInfer(asked[0])
     responses = await asyncio.gather(*(serving.stub.ModelInfer(each) for each in asked))
