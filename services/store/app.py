@@ -93,7 +93,7 @@ async def run(config: StoreConfig, access: Access | None = None) -> None:
 
         # Artifacts and the registry of models.
         blobs, folder = open_blobs(config.blobs, config.staging, threads, checksums=config.s3_checksums)
-        staging = Staging(folder, config.max_uploads, config.upload_age_ms / 1000)
+        staging = Staging(folder, config.max_uploads, config.upload_age_ms / 1000, config.min_free_disk_bytes)
         await stack.enter_async_context(StagingSweep(staging, threads, utc_now))
         artifacts = Artifacts(collections, blobs, staging, threads, max_bytes=config.max_artifact_bytes, clock=clock)
         registry = Registry(collections, artifacts, clock)

@@ -34,6 +34,8 @@ class StoreConfig(ServiceConfig):
     max_uploads: Annotated[int, Field(ge=1, le=10_000)] = 64
     """Unfinished uploads that are kept, including those in progress. Each may use `max_artifact_bytes` of the staging
     disk."""
+    min_free_disk_bytes: Annotated[int, Field(ge=0)] = 1 << 30
+    """Free space of the staging disk that uploads leave: twice what ingest reserves for queued jobs. 0: no limit."""
     upload_age_ms: Annotated[int, Field(ge=1_000)] = 24 * 3_600_000
     """Time after which an upload that is not resumed is discarded."""
     upload_idle_ms: Annotated[int, Field(ge=100)] = 60_000

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -135,6 +137,66 @@ def test_uploads_under_way_are_never_swept(staging: Staging) -> None:
     staging.begin(B, NOW).discard()
     for partial in live:
         partial.discard()
+
+
+def test_a_tenant_takes_the_places_of_others_neither_in_progress_nor_left(staging: Staging) -> None:
+    mine, other = f"{A}-{'1' * 16}", f"{A}-{'2' * 16}"
+    theirs = left(staging, other, b"theirs", NOW - 90)
+    # Alone beside one other it has one place of three in progress; the last one is for others.
+    live = staging.begin(mine, NOW)
+    with pytest.raises(ResourceExhausted, match=r"this tenant's uploads \(1\) are in progress"):
+        staging.begin(mine, NOW)
+    live.suspend()
+    mine_left = live.path
+    fresh = staging.begin(mine, NOW)
+    assert not mine_left.exists()
+    assert theirs.exists()
+    fresh.suspend()
+    services = staging.begin(A, NOW)
+    services.suspend()
+    # Full: a tenant that has none takes the place of whoever has the most.
+    more = staging.begin(f"{B}-{'3' * 16}", NOW)
+    assert len(list(staging.folder.iterdir())) == 3
+    more.discard()
+
+
+def test_the_tenant_with_the_most_uploads_loses_one_first(tmp_path: Path) -> None:
+    staging = Staging(tmp_path, max_uploads=6, max_age_s=100)
+    many, few, new = (f"{A}-{n * 16}" for n in "123")
+    lost = [left(staging, many, b"many", NOW - n) for n in (30, 20, 10)]
+    kept = [left(staging, few, b"few", NOW - 90), left(staging, A, b"of no tenant", NOW - 80)]
+    left(staging, A, b"of no tenant", NOW - 70)
+    staging.begin(new, NOW).discard()
+    assert [path.exists() for path in lost + kept] == [False, True, True, True, True]
+
+
+def test_uploads_leave_free_space_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mongod with a full disk ends itself, and on a node it has the same disk."""
+    staging = Staging(tmp_path, max_uploads=3, max_age_s=100, min_free_bytes=1 << 30)
+    real, free = os.fstatvfs, [(1 << 30) + 5]
+
+    def nearly_full(fd: int) -> Any:
+        return SimpleNamespace(f_bavail=free[0], f_frsize=1, f_bsize=real(fd).f_bsize)
+
+    monkeypatch.setattr(os, "fstatvfs", nearly_full)
+    partial = staging.begin(A, NOW)
+    partial.append(b"abcde")
+    with pytest.raises(ResourceExhausted, match="1024 MiB left, of which 1024 MiB are not for uploads"):
+        partial.append(b"abcdef")
+    partial.append(b"")
+    assert partial.path.read_bytes() == b"abcde"
+    # A copy of an upload that is still held takes as much again.
+    free[0] = (1 << 30) + 4
+    copy = staging.resume(A, 5, NOW)
+    with pytest.raises(ResourceExhausted, match="not for uploads"):
+        copy.catch_up()
+    copy.suspend()
+    free[0] = 2 << 30
+    partial.append(b"f")
+    partial.suspend()
+    gone_on = caught_up(staging.resume(A, 6, NOW))
+    assert gone_on.finish() == hashlib.sha256(b"abcdef").hexdigest()
+    gone_on.discard()
 
 
 def test_what_is_too_old_is_swept(staging: Staging) -> None:

@@ -18,14 +18,17 @@ import fcntl
 import hashlib
 import os
 import uuid
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from mesh.rpc.places import are_for_others
 from services.store.artifacts import disk
 from services.store.artifacts.blocks import SMALLEST_BYTES, BlockHash, Blocks
 from shoal.errors import FailedPrecondition, ResourceExhausted
 
 _CATCH_UP_BYTES = 16 << 20
+_MIB = 1 << 20
 _TEMPORARY = ".tmp"
 
 
@@ -33,8 +36,15 @@ class Partial:
     """File of one upload, held by this process alone. Call the methods one at a time."""
 
     def __init__(
-        self, path: Path, fd: int, received: int, source: int | None = None, block_bytes: int = SMALLEST_BYTES
+        self,
+        path: Path,
+        fd: int,
+        received: int,
+        source: int | None = None,
+        block_bytes: int = SMALLEST_BYTES,
+        min_free_bytes: int = 0,
     ) -> None:
+        self._min_free_bytes = min_free_bytes
         self.path = path
         self.received = received
         """Bytes in the file, including those that it still has to catch up with."""
@@ -53,13 +63,19 @@ class Partial:
                 if not data:
                     raise FailedPrecondition("the unfinished upload was discarded: start again at offset 0")
                 if self._source is not None:
+                    self._check_room(len(data))
                     disk.write_all(self._fd, data, self._hashed)
             self._update(data)
         return self._hashed == self.received
 
     def append(self, data: bytes) -> None:
-        """Append `data`. After an error the file has its earlier content."""
+        """Append `data`. After an error the file has its earlier content.
+
+        Raises:
+            ResourceExhausted: the disk is full, or what would be left free is reserved.
+        """
         with disk.translated("writing an upload"):
+            self._check_room(len(data))
             try:
                 disk.write_all(self._fd, data, self.received)
             except OSError:
@@ -104,6 +120,18 @@ class Partial:
             os.close(self._fd)
             self._fd = -1
 
+    def _check_room(self, count: int) -> None:
+        if not self._min_free_bytes or not count:
+            return
+        state = os.fstatvfs(self._fd)
+        free = state.f_bavail * state.f_frsize
+        if free - count < self._min_free_bytes:
+            raise ResourceExhausted(
+                f"the store's disk has {free // _MIB} MiB left, of which {self._min_free_bytes // _MIB} MiB are not "
+                "for uploads: free some space there, and resume",
+                retry_after_ms=10_000,
+            )
+
     def _update(self, data: bytes) -> None:
         self._hash.update(data)
         self._block_hash.update(data)
@@ -116,11 +144,17 @@ class Partial:
 
 @dataclass(frozen=True)
 class Staging:
-    """Folder of unfinished uploads, bounded in number and age. At the bound, the least recently written goes."""
+    """Folder of unfinished uploads, bounded in number and age, in which tenants have shares.
+
+    An upload for which no place is left takes that of the least recently written one that is not in progress: of its
+    tenant, when the free places are for others; else of the tenant with the most.
+    """
 
     folder: Path
     max_uploads: int
     max_age_s: float
+    min_free_bytes: int = 0
+    """Free space of the disk that uploads leave."""
 
     def received(self, digest: str) -> int:
         """Return the offset at which an upload of `digest` can resume; 0 when there is no file."""
@@ -130,9 +164,10 @@ class Staging:
         """Return a new file for an upload from its start. `now`: Unix time in seconds.
 
         Raises:
-            ResourceExhausted: `max_uploads` uploads are in progress, or the disk is full.
+            ResourceExhausted: all places are taken by uploads in progress, those that are free are for other tenants,
+                or the disk is full.
         """
-        self.sweep(now, keep=self.max_uploads - 1)
+        self._make_room(digest, now)
         return self._create(digest, block_bytes)
 
     def resume(self, digest: str, offset: int, now: float, block_bytes: int = SMALLEST_BYTES) -> Partial:
@@ -149,28 +184,35 @@ class Staging:
                 if _size(path) >= offset:
                     return self._copy(digest, path, offset, now, block_bytes)
             elif os.fstat(held).st_size == offset:
-                return Partial(path, held, offset, block_bytes=block_bytes)
+                return Partial(path, held, offset, block_bytes=block_bytes, min_free_bytes=self.min_free_bytes)
             else:
                 os.close(held)
         received = self.received(digest)
         raise FailedPrecondition(f"offset {offset} is not where the earlier upload stopped: resume at {received}")
 
-    def sweep(self, now: float, keep: int | None = None) -> None:
-        """Discard the files that are too old, and the oldest beyond `keep` files.
-
-        Raises:
-            ResourceExhausted: more than `keep` files belong to uploads in progress.
-        """
+    def sweep(self, now: float) -> None:
+        """Discard the files that are too old."""
         discard_temporary(self.folder, now - self.max_age_s)
-        files = sorted(self._files("*"), key=_touched)
-        excess = 0 if keep is None else len(files) - keep
-        for path in files:
-            if (excess > 0 or _touched(path) < now - self.max_age_s) and _discarded(path):
-                excess -= 1
-        if excess > 0:
-            raise ResourceExhausted(
-                f"{self.max_uploads} uploads are in progress, the most allowed: retry later", retry_after_ms=1_000
-            )
+        for path in self._files("*"):
+            if _touched(path) < now - self.max_age_s:
+                _discarded(path)
+
+    def _make_room(self, digest: str, now: float) -> None:
+        """Make a place for one more upload of the tenant in `digest`, the name of its files."""
+        self.sweep(now)
+        tenant = _tenant(digest)
+        while True:
+            files = sorted(self._files("*"), key=_touched)
+            held, free = Counter(map(_tenant, (path.name for path in files))), self.max_uploads - len(files)
+            is_beyond = bool(tenant) and are_for_others(held[tenant], free)
+            if free > 0 and not is_beyond:
+                return
+            # The tenants that lose an upload, the first that has one which is not in progress.
+            losing = [tenant] if is_beyond else [name for name, _ in held.most_common()]
+            by_tenant = ([path for path in files if _tenant(path.name) == name] for name in losing)
+            if not any(_discarded(path) for paths in by_tenant for path in paths):
+                whose = f"this tenant's uploads ({held[tenant]})" if is_beyond else f"{len(files)} uploads"
+                raise ResourceExhausted(f"{whose} are in progress, the most allowed: retry later", retry_after_ms=1_000)
 
     def forget(self, digest: str) -> None:
         """Discard every file of `digest` that is not in use: the artifact is stored whole now."""
@@ -186,7 +228,7 @@ class Staging:
                 path = self.folder / f"{digest}.{uuid.uuid4().hex[:12]}.part"
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
                 if (fd := _lock(path)) is not None:
-                    return Partial(path, fd, received, source, block_bytes)
+                    return Partial(path, fd, received, source, block_bytes, self.min_free_bytes)
 
     def _copy(self, digest: str, path: Path, offset: int, now: float, block_bytes: int) -> Partial:
         try:
@@ -194,11 +236,16 @@ class Staging:
         except FileNotFoundError as err:
             raise FailedPrecondition("the earlier upload has just ended: call StatArtifact again") from err
         try:
-            self.sweep(now, keep=self.max_uploads - 1)
+            self._make_room(digest, now)
             return self._create(digest, block_bytes, offset, source)
         except BaseException:
             os.close(source)
             raise
+
+
+def _tenant(name: str) -> str:
+    """Return the part of an upload's name that stands for its tenant (`uploads.staged_name`); empty: of no tenant."""
+    return name.partition(".")[0].partition("-")[2]
 
 
 def _lock(path: Path) -> int | None:
