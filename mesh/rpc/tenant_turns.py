@@ -58,6 +58,19 @@ class TenantTurns:
                 self._admit_waiting()
             raise
 
+    def try_admit(self, tenant: str, size: int = 1) -> bool:
+        """Admit a call of `tenant` if it need not wait; return False, without an effect, when it would."""
+        if tenant in self._waiting or (self.held and self.held + size > self._limit):
+            return False
+        if self._leaves_room and not self._may_hold(tenant, size):
+            return False
+        self._hold(tenant, size)
+        return True
+
+    def held_by(self, tenant: str) -> int:
+        """Return the units that calls of `tenant` hold."""
+        return self._held_by[tenant]
+
     @asynccontextmanager
     async def take(self, tenant: str, size: int = 1) -> AsyncIterator[None]:
         """Hold room for as long as the block lasts; wait for it first.

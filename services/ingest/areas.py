@@ -26,6 +26,7 @@ from mesh.mongo_lease import LEASES, LeaderLease
 from mesh.removal_guard import MARKS, RemovalGuard
 from mesh.rpc.access import Access
 from mesh.rpc.client.channel import Channel
+from mesh.rpc.tenant_turns import TenantTurns
 from services.ingest.config import IngestConfig
 from services.ingest.connectors import settings
 from services.ingest.connectors.connectors import ConnectorContext, Connectors
@@ -218,7 +219,7 @@ def build_dispatch(config: IngestConfig, shared: SharedComponents, tenants: Tena
         model,
         payloads,
         gate=gate,
-        memory=Budget(config.pending_bytes, "requests being run"),
+        memory=Budget(config.pending_bytes),
         clock=instance.clock,
         timeout_ms=config.attempt_timeout_ms,
         access=shared.access,
@@ -283,7 +284,7 @@ def build_intake(
             tenants.buckets,
             gates=[disk.admit, pressure.admit, dispatch.backlog.admit],
         ),
-        budget=Budget(config.pending_bytes, "submitted requests"),
+        memory=TenantTurns(config.pending_bytes, leaves_room=True),
         pressure=pressure,
     )
     insert = DurableInsert(shared.store, dispatch.dispatcher, shared.events)

@@ -51,7 +51,8 @@ class IngestConfig(ServiceConfig):
     stream_bytes: Annotated[int, Field(ge=1)] = 32 << 20
     """Maximum unacknowledged bytes of one SubmitStream; a single larger item passes alone."""
     pending_bytes: Annotated[int, Field(ge=1 << 20)] = 256 << 20
-    """Maximum bytes of requests in memory that wait for their write. Beyond it Submit is rejected, and streams wait."""
+    """Maximum bytes of requests in memory that wait for their write, of which a tenant may have twice what is free (two
+    thirds when it is alone). Beyond it Submit is rejected, and streams wait."""
     max_watches: Annotated[int, Field(ge=1)] = 10_000
     """Maximum number of concurrent WatchJob streams."""
     batch_urls: Annotated[str, Field(pattern=r"^((file|s3|gs|az)://[^,\s]*(,\s*|$))*$")] = "s3://,gs://,az://"

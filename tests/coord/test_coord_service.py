@@ -216,7 +216,7 @@ async def test_while_etcd_is_away_the_last_view_stands(coord, own_etcd, stub_of)
     await replica.until_ready()
     stub = await stub_of(replica)
     async with registered(own_etcd.address):
-        await until(lambda: has(stub, "local/infer-0"))
+        await until(lambda: has(stub, "local/infer-0", "local/coord-0"))
         own_etcd.kill()
 
         async def stale() -> bool:

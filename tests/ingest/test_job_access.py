@@ -112,7 +112,7 @@ async def test_jobs_wait_for_a_policy_that_is_not_known_yet() -> None:
         model=None,  # type: ignore[arg-type]
         payloads=None,  # type: ignore[arg-type]
         gate=ModelGate(),
-        memory=Budget(1, "requests"),
+        memory=Budget(1),
         clock=lambda: START,
         timeout_ms=1_000,
         access=Access(None),

@@ -81,7 +81,7 @@ class RunStreams:
         self._endings = endings
         self._places = Places(most, "streams", retry_after_ms=_TOO_MANY_MS)
         self._items = items
-        self._budget = Budget(all_items, "jobs of open streams")
+        self._budget = Budget(all_items)
 
     async def serve(
         self,

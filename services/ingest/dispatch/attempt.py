@@ -245,7 +245,7 @@ class Attempts:
             request = job.request
             if job.is_apart:
                 # The size is known only after the read, so memory for the largest request is reserved.
-                await stack.enter_async_context(self._memory.of(REQUEST_BYTES, waits=True))
+                await stack.enter_async_context(self._memory.of(REQUEST_BYTES))
                 try:
                     request = await self._payloads.get(job.id)
                 except ShoalError as err:

@@ -1,4 +1,4 @@
-"""Memory budget shared by many holders: beyond it, a request is rejected or waits."""
+"""Memory budget shared by many holders: beyond it, they wait."""
 
 from __future__ import annotations
 
@@ -7,17 +7,12 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
-from shoal.errors import ResourceExhausted
-
-RETRY_AFTER_MS = 200
-
 
 class Budget:
     """Budget of `limit` bytes. An amount above the whole budget is granted when nothing else is held."""
 
-    def __init__(self, limit: int, what: str) -> None:
+    def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._what = what
         self._used = 0
         self._waiters: deque[tuple[int, asyncio.Future[None]]] = deque()
 
@@ -26,34 +21,13 @@ class Budget:
         return self._used
 
     @asynccontextmanager
-    async def of(self, nbytes: int, *, waits: bool) -> AsyncIterator[None]:
-        """Hold `nbytes` for the duration of the block. Waiters are served in order of arrival.
-
-        Raises:
-            ResourceExhausted: the budget is spent, and `waits` is False.
-        """
-        if waits:
-            await self.wait_for(nbytes)
-        else:
-            self.take(nbytes)
+    async def of(self, nbytes: int) -> AsyncIterator[None]:
+        """Wait for `nbytes`, and hold them for the duration of the block. Waiters are served in order of arrival."""
+        await self.wait_for(nbytes)
         try:
             yield
         finally:
             self.give_back(nbytes)
-
-    def take(self, nbytes: int) -> None:
-        """Hold `nbytes` until `give_back`.
-
-        Raises:
-            ResourceExhausted: the budget is spent.
-        """
-        if self._waiters or not self._fits(nbytes):
-            raise ResourceExhausted(
-                f"{self._used} bytes of {self._what} are held already and the limit is {self._limit}: "
-                "retry in a moment",
-                retry_after_ms=RETRY_AFTER_MS,
-            )
-        self._used += nbytes
 
     async def wait_for(self, nbytes: int) -> None:
         """Wait until `nbytes` are free, and hold them until `give_back`."""

@@ -19,11 +19,11 @@ from mesh.process.tasks import end
 from mesh.rpc.access import Access
 from mesh.rpc.held_shares import CallLimits, Reservation
 from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
+from mesh.rpc.tenant_turns import TenantTurns
 from services.ingest.dependencies.dependency_states import dependency_states
 from services.ingest.dependencies.references import by_key, words
 from services.ingest.group_commit import Group
 from services.ingest.instance import Instance
-from services.ingest.intake.budget import Budget
 from services.ingest.intake.durable_insert import DurableInsert
 from services.ingest.intake.payloads import Payloads
 from services.ingest.intake.pressure import WritePressure
@@ -37,7 +37,7 @@ from services.ingest.limits import CONNECTOR_LABEL
 from services.ingest.tenants.admission import Admission, when_possible
 from services.ingest.tracing import traceparent_of
 from shoal.access.caller_header import connector_value
-from shoal.errors import AlreadyExists, NotFound, ShoalError, Unavailable
+from shoal.errors import AlreadyExists, NotFound, ResourceExhausted, ShoalError, Unavailable
 from shoal.ingest.v1 import ingest_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ GROUP_ITEMS = 500
 but in larger groups the first jobs wait long."""
 GROUP_BYTES = 16 << 20
 """Maximum bytes of one write: a third of MongoDB's largest message."""
+_RETRY_AFTER_MS = 200
 # While one half of the callers is written, the other half submits (`group_commit.py`).
 _WRITES = 2
 # Timeout of a submit while MongoDB is unavailable: a write gives up after mesh.mongo.TIMEOUT_MS, then the next one.
@@ -67,8 +68,8 @@ class IntakeLimits:
 
     storage: StorageQuotas
     admission: Admission
-    budget: Budget
-    """Memory for requests that wait for their write."""
+    memory: TenantTurns
+    """Memory for requests that wait for their write, in bytes."""
     pressure: WritePressure
 
 
@@ -177,7 +178,7 @@ class Intake:
             self._admitting.add(admitting)
             admitting.add_done_callback(self._admitting.discard)
             return admitting
-        self._limits.budget.take(_size(job))
+        self._hold(job)
         return self._enqueue(job)
 
     async def begin_when_there_is_room(
@@ -225,7 +226,9 @@ class Intake:
 
     async def _admitted_when_there_is_room(self, job: Job) -> asyncio.Future[Accepted]:
         await self._limits.admission.wait(job.tenant)
-        await self._limits.budget.wait_for(_size(job))
+        size = _size(job)
+        if not self._limits.memory.try_admit(job.tenant, size):
+            await self._limits.memory.admit(job.tenant, size)
         return self._enqueue(job)
 
     def _checked(self, submit: pb.SubmitRequest, traceparent: str, caller: bytes) -> Job:
@@ -245,8 +248,18 @@ class Intake:
 
     async def _admit_and_enqueue(self, job: Job) -> Accepted:
         await self._limits.admission.admit(job.tenant)
-        self._limits.budget.take(_size(job))
+        self._hold(job)
         return await self._enqueue(job)
+
+    def _hold(self, job: Job) -> None:
+        """Hold the memory of a job until its write. Raises ResourceExhausted when there is none."""
+        memory = self._limits.memory
+        if not memory.try_admit(job.tenant, _size(job)):
+            raise ResourceExhausted(
+                f"{memory.held} bytes of submitted requests wait for their write, {memory.held_by(job.tenant)} of them "
+                "this tenant's, which may hold twice what is free: retry in a moment",
+                retry_after_ms=_RETRY_AFTER_MS,
+            )
 
     def _enqueue(self, job: Job) -> asyncio.Future[Accepted]:
         self._add_key(job)
@@ -254,15 +267,18 @@ class Intake:
             future = self._group.add(job)
         except ShoalError:
             self._remove_key(job)
-            self._limits.budget.give_back(_size(job))
+            self._limits.memory.release(job.tenant, _size(job))
             raise
         self._limits.pressure.entered(_size(job))
         return future
 
     def _on_removed(self, jobs: Sequence[Job]) -> None:
-        nbytes = sum(map(_size, jobs))
-        self._limits.budget.give_back(nbytes)
-        self._limits.pressure.left(len(jobs), nbytes)
+        by_tenant: Counter[str] = Counter()
+        for job in jobs:
+            by_tenant[job.tenant] += _size(job)
+        for tenant, nbytes in by_tenant.items():
+            self._limits.memory.release(tenant, nbytes)
+        self._limits.pressure.left(len(jobs), by_tenant.total())
         for job in jobs:
             self._remove_key(job)
 
