@@ -73,6 +73,13 @@ _CAUSES = (
         "Jwt_verification_fails",
         f"{_SAID}: the signature is wrong, or the token has no expiry: send the whole key, unchanged",
     ),
+    # A key 'shoal_...' under a policy without such keys, too: the operator who applied that has a whole key.
+    Cause(
+        401,
+        "Jwt_header_is_an_invalid",
+        f"{_SAID}: the key is not whole, or it is a key 'shoal_...' and no issuer of the policy in force has "
+        "'token_prefix: shoal_'",
+    ),
     Cause(401, "jwt_authn", f"{_SAID}: send a whole key as 'authorization: Bearer KEY' {_MAKES_ONE}"),
     Cause(403, "Audiences", f"{_SAID}: the token is for another audience than 'audiences' of its issuer in the policy"),
     Cause(403, "[no-key-id]", f"{_SAID}: the token has no id of its key: send one with a 'kid'"),
