@@ -61,7 +61,7 @@ _CAUSES = (
         401,
         "Jwt_issuer_is_not_configured",
         f"{_SAID}: the key is of another cluster, of a signer that was replaced, or of an issuer that the policy does "
-        f"not name: send one of this cluster {_MAKES_ONE}",
+        f"not name, or whose keys could not be fetched yet (`shoal doctor`): send one of this cluster {_MAKES_ONE}",
     ),
     Cause(
         401,
