@@ -61,7 +61,7 @@ _CAUSES = (
         401,
         "Jwt_issuer_is_not_configured",
         f"{_SAID}: the key is of another cluster, of a signer that was replaced, or of an issuer that the policy does "
-        f"not name: send one of this cluster {_MAKES_ONE}",
+        f"not name, or whose keys could not be fetched yet (`shoal doctor`): send one of this cluster {_MAKES_ONE}",
     ),
     Cause(
         401,
@@ -72,6 +72,13 @@ _CAUSES = (
         401,
         "Jwt_verification_fails",
         f"{_SAID}: the signature is wrong, or the token has no expiry: send the whole key, unchanged",
+    ),
+    # A key 'shoal_...' under a policy without such keys, too: the operator who applied that has a whole key.
+    Cause(
+        401,
+        "Jwt_header_is_an_invalid",
+        f"{_SAID}: the key is not whole, or it is a key 'shoal_...' and no issuer of the policy in force has "
+        "'token_prefix: shoal_'",
     ),
     Cause(401, "jwt_authn", f"{_SAID}: send a whole key as 'authorization: Bearer KEY' {_MAKES_ONE}"),
     Cause(403, "Audiences", f"{_SAID}: the token is for another audience than 'audiences' of its issuer in the policy"),

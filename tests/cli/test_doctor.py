@@ -471,6 +471,13 @@ CASES: list[tuple[str, Facts, Severity, str]] = [
         "missing",
     ),
     (
+        "issuer-without-keys",
+        replace(HEALTHY, issuers_without_keys=("https://idp",)),
+        E,
+        "no keys of issuer https://idp could be fetched yet, and its tokens are refused: coord's log says why | shoal "
+        "logs coord",
+    ),
+    (
         "no-admin",
         replace(HEALTHY, keys=(key(60, role="user"), key(60, revoked=True), key(10, created_at=NOW - DAY))),
         W,

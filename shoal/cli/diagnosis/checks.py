@@ -755,6 +755,13 @@ def _issuer_key_unused(facts: Facts) -> Iterator[Finding]:
         yield _warning("issuer-key-unused", what, "shoal logs coord")
 
 
+@_check("issuer-without-keys")
+def _issuer_without_keys(facts: Facts) -> Iterator[Finding]:
+    for issuer in facts.issuers_without_keys or ():
+        what = f"no keys of issuer {issuer} could be fetched yet, and its tokens are refused: coord's log says why"
+        yield _error("issuer-without-keys", what, "shoal logs coord")
+
+
 @_check("no-admin")
 def _no_admin(facts: Facts) -> Iterator[Finding]:
     # Without any such key, the admins have tokens of another issuer.

@@ -145,6 +145,8 @@ class Facts:
     keys: tuple[KeyInfo, ...] | None = None
     unused_issuer_keys: tuple[tuple[str, str], ...] | None = None
     """Keys that issuers of the policy publish and that no gateway can use: the issuer, and the reason."""
+    issuers_without_keys: tuple[str, ...] | None = None
+    """Issuers of the policy whose keys the node has never fetched."""
     certificate: CertificateFacts | None = None
     ca: CertificateFacts | None = None
     """The node's own CA; None: it has none."""

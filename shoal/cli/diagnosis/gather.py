@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mesh.metrics.process import start_time
 from mesh.process import memory_limit
@@ -33,7 +34,7 @@ from shoal.node.options import DEFAULT_ADMIN_PORT, DEFAULT_GATEWAY_PORT
 from shoal.node.ports import HOST
 
 if TYPE_CHECKING:
-    from shoal.client import Client, Connector, Tenant
+    from shoal.client import Client, Connector, PolicyDocument, Tenant
     from shoal.rates import Page
 
 T = TypeVar("T")
@@ -104,6 +105,7 @@ def of_node(client: Client, node: RunningNode | None, chosen: str = "") -> Facts
             if (tenant := parts.call("tenants", partial(client.tenants.get, name, timeout=READ_S))) is not None:
                 tenants[name] = tenant
     has_auth = node.key_file is not None if node is not None else bool(status and status.master_key)
+    policy = parts.call("policy", lambda: client.access.policy(timeout=READ_S)) if has_auth else None
     return Facts(
         now=now,
         version=__version__,
@@ -124,7 +126,8 @@ def of_node(client: Client, node: RunningNode | None, chosen: str = "") -> Facts
         ),
         schedules=_tuple(parts.call("schedules", lambda: client.jobs.schedules.list(timeout=READ_S))),
         keys=_tuple(parts.call("keys", lambda: client.access.keys(timeout=READ_S))) if has_auth else None,
-        unused_issuer_keys=_tuple(parts.call("policy", lambda: _unused_issuer_keys(client))) if has_auth else None,
+        unused_issuer_keys=None if policy is None else _unused_issuer_keys(policy),
+        issuers_without_keys=_tuple(parts.read("issuers", lambda: _without_keys(policy))) if policy else None,
         certificate=parts.read("certificate", lambda: _certificate(client.address)),
         ca=None if node is None else parts.read("ca", lambda: _own_ca(node)),
         page=None if node is None else parts.read("metrics", lambda: _page(node.admin)),
@@ -156,12 +159,21 @@ def _is_loopback(listen: str) -> bool:
     return is_local(listen)
 
 
-def _unused_issuer_keys(client: Client) -> list[tuple[str, str]]:
-    import json
+def _issuers(policy: PolicyDocument) -> list[Any]:
+    return list(json.loads(policy.in_force or "{}").get("issuers", ()))
 
-    policy = json.loads(client.access.policy(timeout=READ_S).in_force or "{}")
-    issuers = [(issuer["issuer"], issuer.get("jwks") or {}) for issuer in policy.get("issuers", ())]
-    return [(name, reason) for name, keys in issuers for reason in keys.get("skipped", ())]
+
+def _unused_issuer_keys(policy: PolicyDocument) -> tuple[tuple[str, str], ...]:
+    issuers = [(issuer["issuer"], issuer.get("jwks") or {}) for issuer in _issuers(policy)]
+    return tuple((name, reason) for name, keys in issuers for reason in keys.get("skipped", ()))
+
+
+def _without_keys(policy: PolicyDocument) -> list[str]:
+    from shoal.access.policy import parse
+
+    known = {issuer["issuer"] for issuer in _issuers(policy)}
+    named = parse(policy.document, is_new=False).issuers
+    return [issuer.issuer for issuer in named if issuer.is_fetched and issuer.issuer not in known]
 
 
 def _certificate(gateway: str) -> CertificateFacts | None:

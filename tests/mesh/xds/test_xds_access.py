@@ -160,6 +160,23 @@ async def test_keys_of_a_cluster_are_verified_and_must_name_their_signer(gateway
     assert await gateway.answer(*both) in ("PERMISSION_DENIED", "UNAUTHENTICATED")
 
 
+async def test_a_key_of_the_cluster_is_not_called_broken_under_a_policy_without_such_keys(gateway: Gateway) -> None:
+    foreign = {**issuer(gateway.signer), "issuer": "https://idp.example", "token_prefix": ""}
+    gateway.source.access.set(gateway_access(policy(gateway.signer, issuers=[foreign]), AT_GATEWAY))
+    metadata = [("authorization", f"Bearer {key(gateway.signer).text}")]
+
+    async def refusal() -> str:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await gateway.channel.unary_unary(MODEL_INFER)(b"", metadata=metadata, timeout=30)
+        return str(caught.value.details())
+
+    async def is_in_force() -> bool:
+        return (await refusal()).startswith("Jwt header")
+
+    await until(is_in_force, "the policy is in force")
+    assert "no issuer of the policy in force has 'token_prefix: shoal_'" in await refusal()
+
+
 async def test_services_tell_callers_of_issuers_with_fixed_tenants_apart_by_a_header() -> None:
     seen: list[str] = []
 

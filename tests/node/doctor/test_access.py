@@ -97,18 +97,20 @@ def test_a_secret_that_others_can_read_is_found_until_the_command_has_run(ward: 
     assert os.system(finding.command) == 0
 
 
-def test_a_key_of_an_issuer_that_cannot_be_used_is_found_until_the_issuer_has_mended_it(ward: Ward) -> None:
+def test_missing_and_unusable_keys_of_an_issuer_are_found_until_the_issuer_has_mended_them(ward: Ward) -> None:
     idp, signer, access = Idp(), tokens.create_signer(ward.tls / "signer.json", "idp"), ward.client.access
     before = access.policy()
     try:
-        idp.discoverable(signer)
-        good = idp.answers["/keys"]
-        broken = {**signer.public_jwk(), "kid": "broken", "x": "AAAA"}
-        idp.answers["/keys"] = json.dumps({"keys": [broken, signer.public_jwk()]}).encode()
         document = yaml.safe_load(before.document)
         foreign = {"issuer": idp.url, "audiences": ["a"], "tenant": "acme", "role": "user", "discovery": True}
         document["issuers"].append(foreign)
         access.apply(yaml.safe_dump(document), before.files)
+        finding = ward.until_found("issuer-without-keys")
+        assert idp.url in ward.run(finding)
+        idp.discoverable(signer)
+        good = idp.answers["/keys"]
+        broken = {**signer.public_jwk(), "kid": "broken", "x": "AAAA"}
+        idp.answers["/keys"] = json.dumps({"keys": [broken, signer.public_jwk()]}).encode()
         finding = ward.until_found("issuer-key-unused")
         assert idp.url in ward.run(finding)
         idp.answers["/keys"] = good
