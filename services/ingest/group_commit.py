@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from itertools import chain
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 from mesh.process.tasks import end
 from shoal.errors import Internal, ShoalError, Unavailable
@@ -28,9 +28,14 @@ log = logging.getLogger(__name__)
 
 # Maximum wait at exit for writes in flight: their destination may be unavailable.
 _LAST_WRITE_S = 2.0
+# Expired items are looked for this many times in a time limit, at most: each time, all waiting items may be read.
+_LOOKS_FOR_EXPIRED = 50
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+# An item, the future of its result, and the time of its arrival.
+_Entry: TypeAlias = tuple[T, "asyncio.Future[R]", float]
 
 
 def _ignore(_: object) -> None:
@@ -44,11 +49,15 @@ class Group(Generic[T, R]):
     or an error for each, in order; an exception is the error of all. The queue has no bound of its own: callers wait
     for their results, so a bound on callers bounds the queue.
 
+    The senders of items take turns, one item each. A sender's items are written in the order of their arrival.
+
     Args:
+        cost: the number of items that an item counts as in `max_items`.
+        sender: returns the sender of an item.
         limit_s: callers that wait longer for a result get Unavailable; their items may or may not be written.
         on_removed: called with items that the group no longer holds: written, refused or abandoned.
         writes: the maximum number of concurrent writes.
-        must_follow: returns True for an item that may be written only after all items before it.
+        must_follow: returns True for an item that may be written only after all items of its sender before it.
     """
 
     def __init__(
@@ -59,6 +68,8 @@ class Group(Generic[T, R]):
         max_items: int,
         max_bytes: int,
         size: Callable[[T], int] = lambda _: 0,
+        cost: Callable[[T], int] = lambda _: 1,
+        sender: Callable[[T], Hashable] = lambda _: None,
         limit_s: float | None = None,
         on_removed: Callable[[Sequence[T]], None] = _ignore,
         writes: int = 1,
@@ -69,13 +80,17 @@ class Group(Generic[T, R]):
         self._max_items = max_items
         self._max_bytes = max_bytes
         self._size = size
+        self._cost = cost
+        self._sender = sender
         self._limit_s = limit_s
         self._on_removed = on_removed
         self._writes = writes
         self._must_follow = must_follow
-        self._waiting: deque[tuple[T, asyncio.Future[R], float]] = deque()
+        # The items of each sender, in the order of the senders' next turns.
+        self._waiting: OrderedDict[Hashable, deque[_Entry[T, R]]] = OrderedDict()
+        self._n_waiting = 0
         self._followers = 0
-        self._in_flight: dict[asyncio.Task[None], list[tuple[T, asyncio.Future[R], float]]] = {}
+        self._in_flight: dict[asyncio.Task[None], list[_Entry[T, R]]] = {}
         self._arrived = asyncio.Event()
         self._closed = False
         self._task: asyncio.Task[None] | None = None
@@ -96,8 +111,9 @@ class Group(Generic[T, R]):
         await end(self._task, *self._in_flight)
         if self._timer is not None:
             self._timer.cancel()
-        left = [*self._waiting]
+        left = list(chain.from_iterable(self._waiting.values()))
         self._waiting.clear()
+        self._n_waiting = 0
         self._followers = 0
         _fail(left, Unavailable(f"{self._name}: this instance has stopped"))
         self._on_removed([item for item, _, _ in left])
@@ -113,7 +129,8 @@ class Group(Generic[T, R]):
         future: asyncio.Future[R] = self._loop.create_future()
         if self._limit_s is not None and self._timer is None:
             self._timer = self._loop.call_later(self._limit_s, self._expire)
-        self._waiting.append((item, future, self._loop.time()))
+        self._waiting.setdefault(self._sender(item), deque()).append((item, future, self._loop.time()))
+        self._n_waiting += 1
         self._followers += self._must_follow(item)
         self._arrived.set()
         return future
@@ -143,16 +160,22 @@ class Group(Generic[T, R]):
         return list(map(_outcome, futures))
 
     def _expire(self) -> None:
-        """Fail the items that have waited longer than `limit_s`. One timer serves all: the oldest items are first."""
+        """Fail the items that have waited longer than `limit_s`. One timer serves all."""
         assert self._limit_s is not None
         self._timer = None
-        before = self._loop.time() - self._limit_s
+        now = self._loop.time()
         late = Unavailable(f"{self._name}: nothing was written for {self._limit_s:.0f} s: retry in a moment")
-        for entry in chain(*self._in_flight.values(), self._waiting):
-            if entry[2] > before:
-                self._timer = self._loop.call_at(entry[2] + self._limit_s, self._expire)
-                return
-            _fail([entry], late)
+        oldest = None
+        for entry in chain(*self._in_flight.values(), *self._waiting.values()):
+            if entry[1].done():
+                continue
+            if entry[2] + self._limit_s <= now:
+                _fail([entry], late)
+            elif oldest is None or entry[2] < oldest:
+                oldest = entry[2]
+        if oldest is not None:
+            next_look = max(oldest + self._limit_s, now + self._limit_s / _LOOKS_FOR_EXPIRED)
+            self._timer = self._loop.call_at(next_look, self._expire)
 
     async def _run(self) -> None:
         while self._waiting or self._in_flight or not self._closed:
@@ -168,33 +191,41 @@ class Group(Generic[T, R]):
         if not self._waiting or len(self._in_flight) >= self._writes:
             return False
         most = max(map(len, self._in_flight.values()), default=0)
-        return not most or (len(self._waiting) >= most and not self._followers)
+        return not most or (self._n_waiting >= most and not self._followers)
 
     def _written(self, task: asyncio.Task[None]) -> None:
         del self._in_flight[task]
         self._arrived.set()
 
-    def _gather(self) -> list[tuple[T, asyncio.Future[R], float]]:
-        group: list[tuple[T, asyncio.Future[R], float]] = []
+    def _gather(self) -> list[_Entry[T, R]]:
+        group: list[_Entry[T, R]] = []
         abandoned: list[T] = []
-        nbytes = 0
-        while self._waiting and len(group) < self._max_items:
-            entry = self._waiting[0]
-            nbytes += self._size(entry[0])
-            if group and nbytes > self._max_bytes:
-                break
-            self._waiting.popleft()
-            self._followers -= self._must_follow(entry[0])
-            # The caller has cancelled: the item is not written.
-            if entry[1].done():
-                abandoned.append(entry[0])
-            else:
+        nbytes = cost = 0
+        while self._waiting:
+            sender, entries = next(iter(self._waiting.items()))
+            entry = entries[0]
+            is_wanted = not entry[1].done()
+            if is_wanted:
+                nbytes += self._size(entry[0])
+                cost += self._cost(entry[0])
+                if group and (nbytes > self._max_bytes or cost > self._max_items):
+                    break
                 group.append(entry)
+            else:
+                # The caller has cancelled: the item is not written.
+                abandoned.append(entry[0])
+            entries.popleft()
+            if not entries:
+                del self._waiting[sender]
+            elif is_wanted:
+                self._waiting.move_to_end(sender)
+            self._n_waiting -= 1
+            self._followers -= self._must_follow(entry[0])
         if abandoned:
             self._on_removed(abandoned)
         return group
 
-    async def _commit(self, group: list[tuple[T, asyncio.Future[R], float]]) -> None:
+    async def _commit(self, group: list[_Entry[T, R]]) -> None:
         items = [item for item, _, _ in group]
         try:
             results = await self._write(items)

@@ -121,3 +121,60 @@ async def test_who_waits_too_long_is_told_and_what_leaves_is_counted_once() -> N
         assert await late[0] == 10
         assert sorted(left) == [1, 2, 3, 4, 5]
         assert writer.groups == [[1, 2], [5]]
+
+
+async def test_senders_take_turns_and_each_one_s_items_keep_their_order() -> None:
+    writer = Writer()
+    numbers: Group[int, int] = Group(
+        "numbers", writer, max_items=4, max_bytes=10_000, size=abs, sender=lambda item: item // 100
+    )
+    async with numbers:
+        tasks = await puts(numbers, 100)
+        tasks += await puts(numbers, *range(101, 107), 200, 300, 301)
+        tasks[2].cancel()
+        for _ in range(4):
+            writer.may.release()
+        await asyncio.wait(tasks)
+        assert writer.groups == [[100], [101, 200, 300, 103], [301, 104, 105, 106]]
+
+
+async def test_an_item_that_costs_more_leaves_room_for_fewer() -> None:
+    writer = Writer()
+    numbers: Group[int, int] = Group("numbers", writer, max_items=5, max_bytes=10_000, size=abs, cost=lambda item: item)
+    async with numbers:
+        tasks = await puts(numbers, 1)
+        tasks += await puts(numbers, 2, 3, 1, 8, 1)
+        for _ in range(5):
+            writer.may.release()
+        await asyncio.gather(*tasks)
+        assert writer.groups == [[1], [2, 3], [1], [8], [1]]
+
+
+async def test_no_sender_s_items_wait_longer_than_the_limit() -> None:
+    writer, left = Writer(), list[int]()
+    numbers: Group[int, int] = Group(
+        "numbers",
+        writer,
+        max_items=2,
+        max_bytes=10_000,
+        size=abs,
+        limit_s=0.5,
+        on_removed=left.extend,
+        sender=lambda item: item // 100,
+    )
+    async with numbers:
+        tasks = await puts(numbers, 100)
+        tasks += await puts(numbers, 101, 200)
+        await asyncio.sleep(0.3)
+        # The second sender's item is younger than the first one's, and both come after the one in flight.
+        tasks += await puts(numbers, 300, 102)
+        await asyncio.wait(tasks[:3], timeout=30)
+        assert [task.done() for task in tasks] == [True, True, True, False, False]
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(answer) for answer in answers] == [Unavailable] * 5
+        writer.may.release()
+        late = await puts(numbers, 103)
+        writer.may.release()
+        assert await late[0] == 206
+        assert sorted(left) == [100, 101, 102, 103, 200, 300]
+        assert writer.groups == [[100], [103]]

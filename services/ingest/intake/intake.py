@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 GROUP_ITEMS = 500
 """Maximum jobs of one write. 100 documents in a write are 11 times as fast as one each, and 1,000 are 24 times as fast,
 but in larger groups the first jobs wait long."""
+DEPENDENCIES_OF_AN_ITEM = 5
+"""Dependencies that count as one more job of a write: each one is looked up before, and has an entry in an index."""
 GROUP_BYTES = 16 << 20
 """Maximum bytes of one write: a third of MongoDB's largest message."""
 _RETRY_AFTER_MS = 200
@@ -100,6 +102,8 @@ class Intake:
             max_items=GROUP_ITEMS,
             max_bytes=GROUP_BYTES,
             size=_size,
+            cost=_cost,
+            sender=lambda job: job.tenant,
             limit_s=_TIMEOUT_S,
             on_removed=self._on_removed,
             writes=_WRITES,
@@ -402,8 +406,9 @@ def _existing_or_conflict(job: Job, earlier: Job | None) -> Accepted | ShoalErro
     return Accepted(earlier, True)
 
 
-# Bytes of a character of a label, at most, and of a label's two texts without their characters.
-_CHARACTER_BYTES, _LABEL_BYTES = 4, 160
+# Bytes of a character of a label or a dependency, at most, of a label's two texts without their characters, and of a
+# dependency's text without its characters.
+_CHARACTER_BYTES, _LABEL_BYTES, _DEPENDENCY_BYTES = 4, 160, 90
 
 
 def _size(job: Job) -> int:
@@ -411,4 +416,11 @@ def _size(job: Job) -> int:
     size = len(job.request or b"") + len(job.caller) + 1_024
     if job.labels:
         size += sum(_LABEL_BYTES + _CHARACTER_BYTES * (len(key) + len(value)) for key, value in job.labels)
+    if job.depends_on:
+        size += sum(_DEPENDENCY_BYTES + _CHARACTER_BYTES * len(reference) for reference in job.depends_on)
     return size
+
+
+def _cost(job: Job) -> int:
+    """Return the number of jobs that a job counts as in `GROUP_ITEMS`."""
+    return 1 + len(job.depends_on) // DEPENDENCIES_OF_AN_ITEM
