@@ -276,13 +276,20 @@ def build_intake(
         group_bytes=GROUP_BYTES,
         clock=time.monotonic,
     )
+
+    def node_limits(tenant: str) -> None:
+        disk.admit()
+        pressure.admit(tenant)
+        dispatch.backlog.admit()
+
     limits = IntakeLimits(
         storage=shared.storage,
         admission=Admission(
             tenants.repository,
             tenants.pending,
             tenants.buckets,
-            gates=[disk.admit, pressure.admit, dispatch.backlog.admit],
+            node_limits,
+            dispatch.backlog.share,
         ),
         memory=TenantTurns(config.pending_bytes, leaves_room=True),
         pressure=pressure,

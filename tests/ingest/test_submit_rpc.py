@@ -215,6 +215,7 @@ async def test_a_full_backlog_refuses_and_says_when_to_come_back(own_mesh: FakeM
     assert refusal is not None
     assert refusal.code() is S.RESOURCE_EXHAUSTED
     assert int(dict(refusal.trailing_metadata() or ())["retry-after-ms"]) > 0
+    await client.submit(tenant="another")
     in_band = asyncio.create_task(stream(client, pb.SubmitStreamRequest(sequence=1, submit=submit())))
 
     async def admitted() -> bool:

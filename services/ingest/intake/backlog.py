@@ -1,6 +1,9 @@
 """Estimate of the number of queued jobs: counted now and then, and adjusted in between, to reject submits cheaply.
 
 Jobs that wait for other jobs count, too: they use disk, and memory once the others end.
+
+A tenant may have twice as many jobs queued as the backlog has room for, so that there is always room for others: alone,
+it may fill two thirds. Below that, nothing is counted by tenant.
 """
 
 from __future__ import annotations
@@ -42,6 +45,11 @@ class JobBacklog:
                 f"{self._estimate} jobs are queued already and the limit is {self._limit}: retry later",
                 retry_after_ms=RETRY_AFTER_MS,
             )
+
+    def share(self) -> int | None:
+        """Return the number of jobs that a tenant may have queued; None while any tenant may queue more."""
+        most = 2 * (self._limit - self._estimate)
+        return most if most < self._estimate else None
 
     def added(self, jobs: int) -> None:
         self._estimate += jobs

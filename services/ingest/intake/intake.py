@@ -273,18 +273,18 @@ class Intake:
             self._remove_key(job)
             self._limits.memory.release(job.tenant, _size(job))
             raise
-        self._limits.pressure.entered(_size(job))
+        self._limits.pressure.entered(job.tenant, _cost(job), _size(job))
         return future
 
     def _on_removed(self, jobs: Sequence[Job]) -> None:
         by_tenant: Counter[str] = Counter()
         for job in jobs:
-            by_tenant[job.tenant] += _size(job)
+            size = _size(job)
+            by_tenant[job.tenant] += size
+            self._limits.pressure.left(job.tenant, _cost(job), size)
+            self._remove_key(job)
         for tenant, nbytes in by_tenant.items():
             self._limits.memory.release(tenant, nbytes)
-        self._limits.pressure.left(len(jobs), by_tenant.total())
-        for job in jobs:
-            self._remove_key(job)
 
     def _add_key(self, job: Job) -> None:
         if job.key:

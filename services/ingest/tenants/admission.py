@@ -1,8 +1,9 @@
 """Admission of jobs: checks all limits, the cheapest first, mostly without a query.
 
-    submit ──> limits of the node ──> the tenant's quota ──> the tenant's rate ──> accepted
-                    │ reached              │ full                 │ used up
-                    └──────────────────────┴──────────────────────┴──> RESOURCE_EXHAUSTED, with a retry-after
+    submit ──> limits of the node ──> the tenant's quota, its share of the backlog ──> its rate ──> accepted
+                    │ reached              │ full                                        │ used up
+                    └──────────────────────┴─────────────────────────────────────────────┴──> RESOURCE_EXHAUSTED,
+                                                                                              with a retry-after
 
 A stream waits instead for a while, and is not read meanwhile.
 """
@@ -10,11 +11,12 @@ A stream waits instead for a while, and is not read meanwhile.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from services.ingest.tenants.bucket import Buckets
 from services.ingest.tenants.pending import PendingCounts
+from services.ingest.tenants.settings import TenantLimits
 from services.ingest.tenants.tenant_repository import TenantRepository
 from shoal.errors import ResourceExhausted, ShoalError
 
@@ -27,19 +29,26 @@ _LONGEST_WAIT_S = 2.0
 
 
 class Admission:
-    """Admission control. `gates` check the node's limits: each returns, or raises ResourceExhausted."""
+    """Admission control.
+
+    Args:
+        node_limits: checks the node's limits for a job of a tenant: it returns, or raises ResourceExhausted.
+        share: returns the number of jobs that a tenant may have queued of the backlog of all; None: no limit.
+    """
 
     def __init__(
         self,
         repository: TenantRepository,
         pending: PendingCounts,
         buckets: Buckets,
-        gates: Sequence[Callable[[], None]],
+        node_limits: Callable[[str], None],
+        share: Callable[[], int | None],
     ) -> None:
         self._repository = repository
         self._pending = pending
         self._buckets = buckets
-        self._gates = gates
+        self._check_node_limits = node_limits
+        self._share = share
 
     def try_admit(self, tenant: str) -> bool:
         """Admit a job of `tenant` without a query. False: call `admit`, which may query MongoDB.
@@ -47,18 +56,18 @@ class Admission:
         Raises:
             ResourceExhausted: a limit of the node is reached.
         """
-        for gate in self._gates:
-            gate()
+        self._check_node_limits(tenant)
         limits = self._repository.limits(tenant)
-        if not (limits.max_pending or limits.rate):
+        quota, _ = self._quota(limits)
+        if not (quota or limits.rate):
             return True
-        if limits.max_pending and not self._pending.has_known_capacity(tenant, limits.max_pending):
+        if quota and not self._pending.has_known_capacity(tenant, quota):
             return False
         if limits.rate:
             if not self._buckets.has_tokens(tenant):
                 return False
             self._buckets.take_held(tenant)
-        if limits.max_pending:
+        if quota:
             self._pending.added(tenant, 1)
         return True
 
@@ -66,21 +75,28 @@ class Admission:
         """Admit a job of `tenant`.
 
         Raises:
-            ResourceExhausted: a limit of the node, the tenant's quota or its rate is reached.
+            ResourceExhausted: a limit of the node, the tenant's quota, its share of the backlog or its rate is reached.
             Unavailable: MongoDB is unavailable.
         """
-        for gate in self._gates:
-            gate()
+        self._check_node_limits(tenant)
         limits = self._repository.limits(tenant)
-        if limits.max_pending:
-            await self._pending.admit(tenant, limits.max_pending)
+        quota, reason = self._quota(limits)
+        if quota:
+            await self._pending.admit(tenant, quota, reason)
         if limits.rate:
             try:
                 await self._buckets.take(tenant, limits)
             except ShoalError:
-                if limits.max_pending:
+                if quota:
                     self._pending.added(tenant, -1)
                 raise
+
+    def _quota(self, limits: TenantLimits) -> tuple[int, str]:
+        """Return the number of jobs that a tenant may have queued, and a name for it; 0 when there is no limit."""
+        share = self._share()
+        if share is None or 0 < limits.max_pending <= share:
+            return limits.max_pending, "its quota"
+        return share, "twice as many as all tenants together may still queue"
 
     async def wait(self, tenant: str, patience_s: float = PATIENCE_S) -> None:
         """Admit a job of `tenant` as soon as the limits allow it.

@@ -46,8 +46,8 @@ class PendingCounts:
         """Add `jobs` to the count, until the next one."""
         self._count(tenant).jobs += jobs
 
-    async def admit(self, tenant: str, most: int) -> None:
-        """Return when one more job of `tenant` may be accepted, and count it.
+    async def admit(self, tenant: str, most: int, limit: str = "its quota") -> None:
+        """Return when one more job of `tenant` may be accepted, and count it. `limit` says where `most` is from.
 
         Raises:
             ResourceExhausted: `most` jobs are pending already.
@@ -63,7 +63,7 @@ class PendingCounts:
                 count.stale_at = now + max(_SHORTEST_S, _REST * (now - started))
         if count.jobs >= most:
             raise ResourceExhausted(
-                f"{most} jobs of tenant {tenant!r} are queued, which is its quota: retry when some are done",
+                f"{most} jobs of tenant {tenant!r} are queued, which is {limit}: retry when some are done",
                 retry_after_ms=max(1, int((count.stale_at - self._clock()) * 1000)),
             )
         count.jobs += 1

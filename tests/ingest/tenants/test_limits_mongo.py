@@ -13,6 +13,7 @@ from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh.mongo import connect, ensure_collection
 from services.ingest.documents import INDEXES, JOBS, VALIDATOR, document_of
+from services.ingest.intake.backlog import JobBacklog
 from services.ingest.tenants.admission import Admission
 from services.ingest.tenants.bucket import HELD_S, Buckets
 from services.ingest.tenants.pending import PendingCounts
@@ -213,7 +214,7 @@ async def test_a_long_queue_is_not_counted_to_its_end(
 
 async def test_what_is_at_hand_is_decided_without_a_wait(database: Database, repository: TenantRepository) -> None:
     pending, buckets = PendingCounts(database[JOBS], time.monotonic), Buckets(database, time.monotonic)
-    admission = Admission(repository, pending, buckets, gates=[])
+    admission = Admission(repository, pending, buckets, node_limits=lambda _: None, share=lambda: None)
     assert admission.try_admit("t")
     await repository.change("t", TenantSettings(max_pending=3, rate=0.001, burst=2), ())
     assert not admission.try_admit("t")
@@ -234,11 +235,11 @@ async def test_a_wait_ends_when_there_is_room_or_patience_does(
     pending, buckets = PendingCounts(database[JOBS], time.monotonic), Buckets(database, time.monotonic)
     refusals = ["full", "full"]
 
-    def gate() -> None:
+    def gate(_: str) -> None:
         if refusals:
             raise ResourceExhausted(refusals.pop(), retry_after_ms=1)
 
-    admission = Admission(repository, pending, buckets, gates=[gate])
+    admission = Admission(repository, pending, buckets, node_limits=gate, share=lambda: None)
     await admission.wait("t")
     assert refusals == []
     await repository.change("t", TenantSettings(rate=0.001, burst=1), ())
@@ -248,3 +249,31 @@ async def test_a_wait_ends_when_there_is_room_or_patience_does(
     waiting = asyncio.create_task(admission.wait("t"))
     await repository.change("t", TenantSettings(rate=0), ())  # Whoever waits hears of it.
     await asyncio.wait_for(waiting, 30)
+
+
+async def test_a_tenant_has_a_share_of_the_backlog(database: Database, repository: TenantRepository) -> None:
+    jobs, backlog = database[JOBS], JobBacklog(30)
+    pending, buckets = PendingCounts(jobs, time.monotonic), Buckets(database, time.monotonic)
+    admission = Admission(repository, pending, buckets, node_limits=lambda _: backlog.admit(), share=backlog.share)
+
+    async def submitted(tenant: str) -> None:
+        if not admission.try_admit(tenant):
+            await admission.admit(tenant)
+        await jobs.insert_one(document_of(job(tenant=tenant)))
+        backlog.added(1)
+
+    for _ in range(21):
+        await submitted("many")
+    with pytest.raises(ResourceExhausted, match="18 jobs of tenant 'many' are queued, which is twice as many as all"):
+        await submitted("many")
+    for _ in range(4):
+        await submitted("few")
+    await repository.change("few", TenantSettings(max_pending=4), ())
+    with pytest.raises(ResourceExhausted, match="4 jobs of tenant 'few' are queued, which is its quota"):
+        await submitted("few")
+    for number in range(5):
+        await submitted(f"other-{number}")
+    with pytest.raises(ResourceExhausted, match="30 jobs are queued already and the limit is 30"):
+        await submitted("last")
+    await backlog.recount(lambda limit: jobs.count_documents({}, limit=limit))
+    assert backlog.estimate == 30
