@@ -190,7 +190,9 @@ class RequestReader:
             raise BadRequest(400, "expected one header Host")
         by_name = dict(self._fields)
         encoding, expected = by_name.get(b"transfer-encoding"), by_name.get(b"expect")
-        if encoding is not None and (version == "1.0" or encoding.lower() != b"chunked"):
+        # httptools takes several of these headers for one list, whose last coding is chunked.
+        is_listed = names.count(b"transfer-encoding") > 1
+        if encoding is not None and (version == "1.0" or is_listed or encoding.lower() != b"chunked"):
             raise BadRequest(501, "of all transfer encodings, only chunked in HTTP/1.1 is supported")
         if expected is not None and expected.lower() != b"100-continue":
             raise BadRequest(417, "the only supported expectation is 100-continue")

@@ -108,9 +108,13 @@ def read_query(query: str, request: Message, taken: Mapping[str, Any]) -> None:
         InvalidArgument: a field is unknown, repeated, in the path (`taken`), or has a value of another type.
     """
     try:
-        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query), max_num_fields=MAX_FIELDS)
+        pairs = parse_qsl(
+            query, keep_blank_values=True, strict_parsing=bool(query), errors="strict", max_num_fields=MAX_FIELDS
+        )
     except ValueError as err:
-        raise InvalidArgument(f"the query is malformed: expected name=value&..., at most {MAX_FIELDS} fields") from err
+        raise InvalidArgument(
+            f"the query is malformed: expected name=value&... in UTF-8, at most {MAX_FIELDS} fields"
+        ) from err
     document: dict[str, Any] = {}
     for name, text in pairs:
         if name in taken:

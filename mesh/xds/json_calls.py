@@ -265,6 +265,7 @@ local function check(text, root)
     if next_byte() == 125 then at = at + 1 return end
     while true do
       if next_byte() ~= 34 then unexpected("a key in quotes") end
+      tokens = tokens + 1
       local key = string_at()
       local field = fields and fields[key]
       if fields and not field then bad(format("%%s has no field '%%s'", where, shown(key))) end
@@ -306,7 +307,7 @@ local function check(text, root)
 
   function value(kind, where, depth)
     tokens = tokens + 1
-    if tokens > %(tokens)d then bad("the body has more than %(tokens)d values: use gRPC") end
+    if tokens > %(tokens)d then bad("the body has more than %(tokens)d values and keys: use gRPC") end
     if depth > %(depth)d then bad("the body has more than %(depth)d objects and arrays within each other") end
     local c = next_byte()
     if c == 34 then

@@ -321,6 +321,10 @@ REFUSED = {
     "chunked, then identity": (400, HOST + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n"),
     "chunked twice": (400, HOST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
     "gzip, then chunked": (501, HOST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n"),
+    "gzip, and chunked in a header of its own": (
+        501,
+        HOST + b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    ),
     "identity": (400, HOST + b"Transfer-Encoding: identity\r\n\r\n"),
     "a space before the colon": (400, HOST + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n"),
     "a vertical tab": (400, HOST + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n"),

@@ -162,6 +162,7 @@ async def test_a_query_sets_fields_and_is_refused_by_name(world: World) -> None:
         (f"{RESULTS}?filter.outcome=FINE", "FINE"),
         (f"{RESULTS}?filter.since=today", "since"),
         (f"{RESULTS}?cursor", "the query is malformed"),
+        (f"{RESULTS}?cursor=%FF", "the query is malformed"),
         (f"{RESULTS}?" + "&".join(["filter.job_ids=x"] * 1_101), "at most 1100 fields"),
         (f"{WATCH}?id=x", "field 'id' is in the path"),
         (f"{WATCH}?" + "x" * 500 + "=1", "has no field 'xxx"),

@@ -22,3 +22,15 @@ def test_a_whole_pair_and_numbers_that_are_not_finite_are_read() -> None:
     text, number = PARSER(b'["\\ud83d\\ude00", NaN]')
     assert text == "\U0001f600"
     assert math.isnan(number)
+
+
+@pytest.mark.parametrize("first", [b"0", b"NaN"])
+def test_long_integers_are_read_alike_beside_nan(first: bytes) -> None:
+    """Python's own parser takes 0.2 s for 8 MiB of integers of 4,299 digits, and orjson none of them."""
+    with pytest.raises(InvalidArgument, match="number is infinity"):
+        PARSER(b"[%b, %b]" % (first, b"9" * 4_299))
+    exact, negative, rounded = PARSER(
+        b"[%b, 18446744073709551615, -9223372036854775808, 18446744073709551616]" % first
+    )[1:]
+    assert (exact, negative, rounded) == (2**64 - 1, -(2**63), 2.0**64)
+    assert [type(value) for value in (exact, negative, rounded)] == [int, int, float]

@@ -349,7 +349,8 @@ DEEP = b'{"depends_on": ' + b"[" * 200
         ({"request": tensors(inputs=[{"name": "null"}, {"shape": [None]}])}, "shape has null for an element"),
         ({"labels": {"a": None}}, "SubmitRequest.labels has null for an element"),
         (DEEP, "the body has more than 100 objects and arrays within each other"),
-        (b'{"request": {"inputs": [' + b"{}," * 100_001 + b"{}]}}", "the body has more than 100000 values: use gRPC"),
+        (b'{"request": {"inputs": [' + b"{}," * 100_001 + b"{}]}}", "the body has more than 100000 values and keys"),
+        ({"labels": dict.fromkeys(map(str, range(50_000)), "")}, "more than 100000 values and keys: use gRPC"),
     ],
     ids=lambda part: part if isinstance(part, str) else "",
 )
