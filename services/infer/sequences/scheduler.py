@@ -156,8 +156,7 @@ class SequenceScheduler:
             self.table.add(step, tenant)
         except UnknownSequence:
             raise rejections.unknown(self._name, step.id, self._settings.idle_s) from None
-        if self._undelivered is not None:
-            self._undelivered.append(step)
+        self._order([step])
         self._set_timer(step.expires, now)
         self._dispatch_soon()
         return step
@@ -213,6 +212,7 @@ class SequenceScheduler:
             self._idle.discard(instance)
             steps = chosen.steps
             self.table.take(steps)
+            self._order(steps)
             if self._settings.is_direct:
                 steps = sorted(steps, key=lambda step: step.slot)
             self._running[instance] = steps
@@ -297,16 +297,31 @@ class SequenceScheduler:
             return
         if isinstance(outcome, DeadlineExceeded):
             self._statistics.expired += 1
-        if self._undelivered is None:
+        if not step.is_ordered:
             self._outcomes.add(step)
-        else:
-            self._release()
+        self._release()
+
+    def _order(self, steps: Sequence[SequenceStep]) -> None:
+        """Give steps without a place in the order of delivery the last ones, for a model that preserves order."""
+        if self._undelivered is None:
+            return
+        for step in steps:
+            if not step.is_ordered:
+                step.is_ordered = True
+                self._undelivered.append(step)
 
     def _release(self) -> None:
-        """Pass on the outcomes that are next in order of arrival, for a model that preserves order."""
+        """Pass on the outcomes that are next in order of arrival, for a model that preserves order.
+
+        A step that waits for a slot loses its place until it runs: the sequences that hold the slots may wait for the
+        outcomes behind it.
+        """
         undelivered = self._undelivered
-        while undelivered and undelivered[0].is_over:
-            self._outcomes.add(undelivered.popleft())
+        while undelivered and (undelivered[0].is_over or undelivered[0].waits_for_slot):
+            step = undelivered.popleft()
+            step.is_ordered = False
+            if step.is_over:
+                self._outcomes.add(step)
 
     def _reject_unknown(self, steps: Sequence[SequenceStep]) -> None:
         for step in steps:

@@ -36,6 +36,7 @@ class SequenceStep(PendingRequest):
         "expires",
         "is_dropped",
         "is_lost",
+        "is_ordered",
         "is_waiting",
         "request",
         "sequence",
@@ -56,6 +57,8 @@ class SequenceStep(PendingRequest):
         self.sequence: Sequence
         self.slot = 0
         self.is_waiting = False
+        self.is_ordered = False
+        """True while the step has a place in the order of delivery, of a model that preserves order."""
         self.is_dropped = False
         """True: the step will not run, and stays queued only to end its sequence in order."""
         self.after: Mapping[str, Tensor] = {}
@@ -70,6 +73,11 @@ class SequenceStep(PendingRequest):
     @property
     def tenant(self) -> str:
         return self.sequence.tenant
+
+    @property
+    def waits_for_slot(self) -> bool:
+        """True when the step cannot run before another sequence ends."""
+        return self.is_waiting and self.sequence.position is None
 
     rows = 1
     """For the policies: a step has one row, and no due time."""

@@ -331,6 +331,30 @@ def test_order_is_preserved_with_preserve_ordering():
     run(scene())
 
 
+def test_with_preserve_ordering_a_step_that_waits_for_a_slot_holds_no_outcome_up():
+    async def scene() -> None:
+        bench = Bench(settings(direct=False, slots=2, rows=2, preserves_order=True))
+        done: list[int] = []
+
+        async def one(id: int, *, start: bool = False, end: bool = False) -> None:
+            await bench.total(step(id, start=start, end=end))
+            done.append(id)
+
+        async with bench.scheduler:
+            await asyncio.gather(one(1, start=True), one(2, start=True))
+            waiting = [later(one(id, start=True)) for id in (3, 4)]
+            await asyncio.sleep(0)
+            # Neither sequence would end without these outcomes.
+            await asyncio.wait_for(one(1), 1)
+            await asyncio.wait_for(asyncio.gather(one(2, end=True), one(1)), 1)
+            await asyncio.wait_for(waiting[0], 1)
+            await asyncio.wait_for(one(1, end=True), 1)
+            await asyncio.wait_for(waiting[1], 1)
+            assert done == [1, 2, 1, 2, 1, 3, 1, 4]
+
+    run(scene())
+
+
 def test_closing_runs_the_queued_steps():
     async def scene() -> None:
         bench = Bench(settings(slots=1, rows=1))
