@@ -151,7 +151,7 @@ class SequenceScheduler:
         if step.expires <= now:
             self._statistics.expired += 1
             raise self._expired_error()
-        self._check_capacity(request)
+        self._make_room(request, tenant)
         try:
             self.table.add(step, tenant)
         except UnknownSequence:
@@ -177,16 +177,25 @@ class SequenceScheduler:
     def age_ns(self, step: SequenceStep) -> int:
         return int((self._clock() - step.arrived) * 1e9)
 
-    def _check_capacity(self, request: InferenceRequest) -> None:
-        count, size = self.table.waiting, self.table.waiting_bytes
-        limits = self._limits
-        if count >= limits.calls or (count and size + request.size_bytes > limits.size_bytes):
-            self._statistics.shed_by[Shed.QUEUE_FULL] += 1
-            raise ResourceExhausted(
-                f"Exceeds maximum queue size of model '{self._name}': {count} requests with {size} bytes wait, at most "
-                f"{limits.calls} and {limits.size_bytes} may; retry after {_RETRY_MS} ms",
-                retry_after_ms=_RETRY_MS,
-            )
+    def _make_room(self, request: InferenceRequest, tenant: str) -> None:
+        """Evict steps of another sender when the queue is full. Raises ResourceExhausted when none has more in it."""
+        count, size, limits = self.table.waiting, self.table.waiting_bytes, self._limits
+        # An empty queue accepts a step of any size.
+        excess_bytes = size + request.size_bytes - limits.size_bytes if count else 0
+        if count < limits.calls and excess_bytes <= 0:
+            return
+        error = ResourceExhausted(
+            f"Exceeds maximum queue size of model '{self._name}': {count} requests with {size} bytes wait, at most "
+            f"{limits.calls} and {limits.size_bytes} may; retry after {_RETRY_MS} ms",
+            retry_after_ms=_RETRY_MS,
+        )
+        victims = self.table.senders.victims(request, tenant, calls=count + 1 - limits.calls, size_bytes=excess_bytes)
+        self._statistics.shed_by[Shed.QUEUE_FULL] += len(victims) or 1
+        if not victims:
+            raise error
+        for step in victims:
+            self._drop(step)
+            self._settle(step, error)
 
     # Batches
 

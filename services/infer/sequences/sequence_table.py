@@ -17,6 +17,7 @@ from collections.abc import Collection, Hashable, Iterator, Mapping
 from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.deadline_heap import DeadlineHeap
 from services.infer.sequences.rows import SequenceId
+from services.infer.sequences.senders import Senders
 from services.infer.sequences.step import Sequence, SequenceSlot, SequenceStep
 
 
@@ -58,6 +59,8 @@ class SequenceTable:
         self._idle: dict[Sequence, float] = {}
         self._held_by_tenant: dict[str, int] = {}
         self._expiry: DeadlineHeap[SequenceStep] = DeadlineHeap()
+        self.senders = Senders(self._weights)
+        """Senders of the queued steps."""
         self.waiting = 0
         """Number of queued steps."""
         self.waiting_bytes = 0
@@ -79,6 +82,7 @@ class SequenceTable:
         step.is_waiting = True
         self.waiting += 1
         self.waiting_bytes += step.request.size_bytes
+        self.senders.add(step, tenant)
         self._idle.pop(sequence, None)
         if step.expires != math.inf:
             self._expiry.add(step.expires, step)
@@ -207,6 +211,7 @@ class SequenceTable:
         step.is_waiting = False
         self.waiting -= 1
         self.waiting_bytes -= step.request.size_bytes
+        self.senders.remove(step)
 
     def _close(self, sequence: Sequence) -> None:
         """Close a sequence; a new one with its id may wait already. No step of it is running."""

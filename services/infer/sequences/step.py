@@ -39,6 +39,7 @@ class SequenceStep(PendingRequest):
         "is_ordered",
         "is_waiting",
         "request",
+        "sender",
         "sequence",
         "slot",
         "starts",
@@ -55,6 +56,8 @@ class SequenceStep(PendingRequest):
         """The step never starts at or after this time."""
         self.starts, self.ends = request.parameters.sequence_start, request.parameters.sequence_end
         self.sequence: Sequence
+        self.sender: tuple[str, Hashable] = ("", None)
+        """Tenant of the request and sender of its call, while the step is queued."""
         self.slot = 0
         self.is_waiting = False
         self.is_ordered = False

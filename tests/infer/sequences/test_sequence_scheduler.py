@@ -10,12 +10,20 @@ from dataclasses import replace
 import pytest
 
 from services.infer.requests.request import InferenceRequest
+from services.infer.requests.request_memory import Uncounted
 from services.infer.scheduling.output_sizes import OutputSizes
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.sequences.step import Sequence, SequenceStep
 from shoal.errors import DeadlineExceeded, Internal, InvalidArgument, ResourceExhausted
 from tests.infer.scheduling.virtual_time import run
 from tests.infer.sequences.simulated import Bench, settings, step
+
+
+class Sender(Uncounted):
+    """Memory of a call of one sender."""
+
+    def __init__(self, name: str) -> None:
+        self.sender = name
 
 
 async def refused(kind: type[Exception], call: Awaitable[object]) -> str:
@@ -216,6 +224,59 @@ def test_a_full_queue_refuses():
             assert "Exceeds maximum queue size of model 'm': 3 requests" in said
             assert bench.statistics.shed == 1
             for task in waiting:
+                task.cancel()
+
+    run(scene())
+
+
+def test_in_a_full_queue_the_tenant_with_the_most_steps_loses_its_newest():
+    async def scene() -> None:
+        bench = Bench(settings(slots=2, rows=2), limits=QueueLimits(calls=4))
+        async with bench.scheduler:
+            await bench.total(step(1, start=True), tenant="acme")
+            await bench.total(step(1, start=True), tenant="flood")
+            flood = [later(bench.total(step(n, start=True), tenant="flood")) for n in range(2, 6)]
+            await asyncio.sleep(0)
+            assert await bench.total(step(1), tenant="acme") == 2
+            assert "Exceeds maximum queue size" in await refused(ResourceExhausted, flood.pop())
+            await refused(ResourceExhausted, asyncio.gather(*(bench.total(step(1), tenant="flood") for _ in range(2))))
+            assert bench.statistics.shed == 2
+            assert not any(task.done() for task in flood)
+            for task in flood:
+                task.cancel()
+
+    run(scene())
+
+
+def test_in_queued_bytes_the_tenant_with_the_most_gives_way_and_small_ones_stay():
+    async def scene() -> None:
+        bench = Bench(settings(slots=1, rows=1), limits=QueueLimits(size_bytes=1000))
+        async with bench.scheduler:
+            await bench.total(step(1, start=True), tenant="acme")
+            large = [replace(step(n, start=True), size_bytes=480) for n in (2, 3)]
+            flood = [later(bench.total(each, tenant="flood")) for each in large]
+            small = [later(bench.total(step(n, start=True), tenant="acme")) for n in range(2, 12)]
+            await asyncio.sleep(0)
+            await refused(ResourceExhausted, flood[1])
+            assert bench.scheduler.table.waiting_bytes == 480 + 80
+            for task in (flood[0], *small):
+                task.cancel()
+
+    run(scene())
+
+
+def test_one_sender_that_fills_the_queue_gives_way_to_others_of_its_tenant():
+    async def scene() -> None:
+        bench = Bench(settings(slots=1, rows=1), limits=QueueLimits(calls=4))
+        async with bench.scheduler:
+            await bench.total(step(1, start=True))
+            flood = [later(bench.total(step(n, start=True))) for n in range(2, 6)]
+            await asyncio.sleep(0)
+            other = step(1)
+            other.memory = Sender("other")
+            assert await bench.total(other) == 2
+            await refused(ResourceExhausted, flood.pop())
+            for task in flood:
                 task.cancel()
 
     run(scene())
