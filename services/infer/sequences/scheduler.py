@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 
+from mesh.h2.memory_account import TenantShares
 from services.infer.requests.outcome import ExecutionTimes, InferenceResult, Outcome
 from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.batcher import Wait
@@ -56,6 +57,7 @@ class SequenceScheduler:
         weights: Mapping[str, float] | None = None,
         first_shapes: Hashable = (),
         outputs: OutputSizes = UNBOUNDED,
+        states: TenantShares | None = None,
         statistics: Statistics,
         outcomes: OutcomeQueue | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -69,6 +71,7 @@ class SequenceScheduler:
             weights: shares of tenants whose sequences wait for a slot; 1 for tenants without an entry.
             first_shapes: shapes of the initial states.
             outputs: sizes of the model's outputs, which bound the batches of `oldest`.
+            states: memory of the sequences' states, by tenant; shared by the schedulers of a process.
             outcomes: delivers the outcomes; shared by the schedulers of a process.
             clock: seconds; deadlines and the executions' expiry are on this clock.
         """
@@ -77,7 +80,7 @@ class SequenceScheduler:
         # An instance of a direct model computes all slots, whichever have a step.
         self._outputs = UNBOUNDED if settings.is_direct else outputs
         self._outcomes = outcomes or OutcomeQueue()
-        self.table = SequenceTable(instances, settings.slots, settings.idle_s, weights, first_shapes)
+        self.table = SequenceTable(instances, settings.slots, settings.idle_s, weights, first_shapes, states)
         self._instances = instances
         self._workers: list[Worker] = []
         self._idle: set[int] = set()
@@ -112,6 +115,7 @@ class SequenceScheduler:
             # None are queued unless leaving was cancelled.
             self._end_queued()
             self._close_workers()
+            self.table.drop_states()
             if self._timer is not None:
                 self._timer.cancel()
 
@@ -254,8 +258,12 @@ class SequenceScheduler:
         if not self._is_ended:
             self._idle.add(instance)
         started_sequences = set()
+        outcomes = list(outcomes)
         learns = self._outputs.is_learning
-        for step, outcome in zip(steps, outcomes, strict=True):
+        for n, step in enumerate(steps):
+            outcome = outcomes[n]
+            if isinstance(outcome, InferenceResult) and not self.table.has_room(step):
+                outcome = outcomes[n] = rejections.no_memory(self._name)
             is_success = isinstance(outcome, InferenceResult)
             if learns and isinstance(outcome, InferenceResult):
                 # One of the batch is enough: texts take up to some 100 us.

@@ -26,10 +26,11 @@ class SequenceSlot:
 
 
 class SequenceStep(PendingRequest):
-    """One request of a sequence. The loop's thread writes; a worker thread writes only `after` and `is_lost`."""
+    """One request of a sequence. The loop's thread writes; a worker thread writes only `after...` and `is_lost`."""
 
     __slots__ = (
         "after",
+        "after_bytes",
         "arrived",
         "deadline",
         "ends",
@@ -66,6 +67,8 @@ class SequenceStep(PendingRequest):
         """True: the step will not run, and stays queued only to end its sequence in order."""
         self.after: Mapping[str, Tensor] = {}
         """States after the step, once it has run."""
+        self.after_bytes = 0
+        """Memory of these states."""
         self.is_lost = False
         """True when the model's memory of its sequences is lost."""
 
@@ -103,6 +106,8 @@ class Sequence:
     """True after the first step has run, until the last one has."""
     states: Mapping[str, Tensor] = field(default_factory=dict)
     """States after the last successful step."""
+    state_bytes: int = 0
+    """Memory of the states, which counts in the tenant's share."""
     shapes: Hashable = ()
     """Shapes of the states: steps with equal shapes can be stacked."""
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from mesh.h2.memory_account import MemoryAccount, TenantShares
 from services.infer.requests.request import InferenceRequest
 from services.infer.requests.request_memory import Uncounted
 from services.infer.scheduling.output_sizes import OutputSizes
@@ -412,6 +413,31 @@ def test_with_preserve_ordering_a_step_that_waits_for_a_slot_holds_no_outcome_up
             await asyncio.wait_for(one(1, end=True), 1)
             await asyncio.wait_for(waiting[1], 1)
             assert done == [1, 2, 1, 2, 1, 3, 1, 4]
+
+    run(scene())
+
+
+def test_states_beyond_the_memory_of_their_tenant_are_not_kept():
+    async def scene() -> None:
+        account = MemoryAccount(10 * 8)
+        bench = Bench(settings(slots=20, rows=20), states=TenantShares(account))
+        async with bench.scheduler:
+            # Two thirds of ten states of 8 bytes.
+            for n in range(1, 7):
+                await bench.total(step(n, start=True), tenant="flood")
+            assert "no memory is left" in await refused(
+                ResourceExhausted, bench.total(step(7, start=True), tenant="flood")
+            )
+            await refused(InvalidArgument, bench.total(step(7), tenant="flood"))
+            assert await bench.total(step(1), tenant="flood") == 2, "its state has not grown"
+            assert await bench.total(step(8, start=True, end=True), tenant="flood") == 1, "no state is kept"
+            assert await bench.total(step(1, start=True), tenant="acme") == 1
+            assert account.held == 7 * 8
+            assert await bench.total(step(2, end=True), tenant="flood") == 2
+            assert await bench.total(step(1, start=True), tenant="flood") == 1
+            assert account.held == 6 * 8
+            assert bench.statistics.success.count == 11
+        assert account.held == 0
 
     run(scene())
 
