@@ -78,6 +78,7 @@ async def run(config: InferConfig) -> None:
             config.queue_limits,
             threads=config.threads,
             response_cache_bytes=config.response_cache_bytes,
+            state_bytes=config.state_bytes,
             wrap_execution=partial(journaled, journal) if journal else identity,
             drain_ms=config.drain_ms,
             allow_code=config.allows_code,

@@ -11,6 +11,7 @@ from mesh.process.config import Address, ServiceConfig
 from mesh.process.sockets import is_local
 from services.infer.response_cache.store import DEFAULT_BYTES
 from services.infer.scheduling.queue import QueueLimits
+from services.infer.sequences.sequence_table import STATE_BYTES
 from services.infer.sources import repository
 from shoal.errors import FailedPrecondition
 
@@ -71,6 +72,9 @@ class InferConfig(ServiceConfig):
     """Processes that share the limits of the file `policy`: each has an equal part."""
     response_cache_bytes: Annotated[int, Field(ge=0)] = DEFAULT_BYTES
     """Size of the response cache, shared by all models that use it; 0: no response is cached."""
+    state_bytes: Annotated[int, Field(ge=1 << 20)] = STATE_BYTES
+    """Most bytes of the states of all models' sequences. One tenant gets at most two thirds; a step whose new state
+    finds no room gets RESOURCE_EXHAUSTED."""
 
     @model_validator(mode="after")
     def _one_source(self) -> InferConfig:

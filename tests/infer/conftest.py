@@ -27,6 +27,7 @@ from services.infer.runtimes.choice import Runtimes
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.runtimes.runtime import Runtime
 from services.infer.scheduling.queue import QueueLimits
+from services.infer.sequences.sequence_table import STATE_BYTES
 from services.infer.sources.repository import look, scan
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
@@ -74,9 +75,11 @@ async def serve(run_dir: Path) -> AsyncIterator[Callable[..., object]]:
     """`await serve(root)` serves a repository until the test ends."""
     async with AsyncExitStack() as stack:
 
-        async def start(root: Path, **limits: int) -> Serving:
+        async def start(root: Path, *, state_bytes: int = STATE_BYTES, **limits: int) -> Serving:
             root.mkdir(exist_ok=True)
-            return await stack.enter_async_context(serving(root, run_dir / "infer.sock", QueueLimits(**limits)))
+            return await stack.enter_async_context(
+                serving(root, run_dir / "infer.sock", QueueLimits(**limits), state_bytes=state_bytes)
+            )
 
         yield start
 
@@ -88,9 +91,10 @@ async def serving(
     limits: QueueLimits,
     runtime: Runtime | Runtimes | None = None,
     access: Access | None = None,
+    state_bytes: int = STATE_BYTES,
 ) -> AsyncIterator[Serving]:
     """Serve a repository; with `access` also on the fast path, as a process does."""
-    context = LoadContext.of(runtime or Runtimes([OnnxRuntime(), KernelsRuntime()]), limits)
+    context = LoadContext.of(runtime or Runtimes([OnnxRuntime(), KernelsRuntime()]), limits, state_bytes=state_bytes)
     async with Models(context) as models, Control(models, partial(look, root)) as control:
         core = InferenceServer(models, "test/infer-0", control=control)
         fast = fast_methods(core, access) if access is not None else {}

@@ -250,6 +250,31 @@ def accumulating(control: int = TensorProto.FLOAT, corrid: int = TensorProto.INT
     )
 
 
+def pairs() -> onnx.ModelProto:
+    """y = sum of x[i] * x[j] over all pairs of a row's elements: a run takes memory of the square of their number."""
+    return model(
+        [
+            helper.make_node("Transpose", ["x"], ["column"], perm=[1, 0]),
+            helper.make_node("MatMul", ["column", "x"], ["products"]),
+            helper.make_node("ReduceSum", ["products"], ["y"], keepdims=0),
+        ],
+        [("x", TensorProto.FLOAT, (1, "k"))],
+        [("y", TensorProto.FLOAT, ())],
+    )
+
+
+def remembering() -> onnx.ModelProto:
+    """A stateful model: its state is every x so far, and `count` their number."""
+    return model(
+        [
+            helper.make_node("Concat", ["seen_in", "x"], ["seen_out"], axis=1),
+            helper.make_node("Shape", ["seen_out"], ["count"], start=1),
+        ],
+        [("x", TensorProto.FLOAT, (1, "k")), ("seen_in", TensorProto.FLOAT, (1, "m"))],
+        [("count", TensorProto.INT64, (1,)), ("seen_out", TensorProto.FLOAT, (1, "n"))],
+    )
+
+
 def summing() -> onnx.ModelProto:
     """A stateful model: total = sum of all elements of x so far (a state), rows of any length."""
     return model(

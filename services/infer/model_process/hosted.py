@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from services.infer.model_process.payload import Tensor, TensorPart
+
+# Of a longer traceback, its begin and its end are written. The server reads output at 3 MB/s, and the model waits for
+# that: the text of a caller in an error message would hold up all other callers.
+_PRINTED_CHARACTERS = 4096
 
 
 class LoadFailed(Exception):
@@ -27,10 +33,19 @@ class RunFailed(Exception):
 def text_of(error: BaseException) -> str:
     """Return the class and the text of an error of a model, whose own code makes the text, and may fail."""
     try:
-        text = str(error)
+        text = str(error)[:_PRINTED_CHARACTERS]
     except Exception:
         text = ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def print_error(error: BaseException) -> None:
+    """Write the traceback of an error of a model to standard error; of a long one, the begin and the end."""
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    if len(text) > 2 * _PRINTED_CHARACTERS:
+        left_out = f"\n... ({len(text)} characters)\n"
+        text = f"{text[:_PRINTED_CHARACTERS]}{left_out}{text[-_PRINTED_CHARACTERS:]}"
+    print(text, end="", file=sys.stderr)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from mesh.h2.memory_account import MemoryAccount, TenantShares
 from services.infer.ensembles.other_models import OtherModels
 from services.infer.models.objectives import Objectives
 from services.infer.response_cache.store import DEFAULT_BYTES, ResponseStore
@@ -16,6 +17,7 @@ from services.infer.runtimes.runtime import Runtime
 from services.infer.scheduling.delivery import OutcomeQueue
 from services.infer.scheduling.execution import Execution, Executor
 from services.infer.scheduling.queue import QueueLimits
+from services.infer.sequences.sequence_table import STATE_BYTES
 
 
 def identity(model: str, execution: Execution) -> Executor:
@@ -38,6 +40,8 @@ class LoadContext:
     """Results of all models with a response cache."""
     wrap_execution: Callable[[str, Execution], Executor] = identity
     """Wraps each execution of a model, by the model's name."""
+    states: TenantShares = field(default_factory=lambda: TenantShares(MemoryAccount(STATE_BYTES)))
+    """Memory of the states of all models' sequences."""
     outcomes: OutcomeQueue = field(default_factory=OutcomeQueue)
     """Delivers the outcomes of all models' requests."""
     drain_s: float = 5.0
@@ -59,6 +63,7 @@ class LoadContext:
         *,
         threads: int = 0,
         response_cache_bytes: int = DEFAULT_BYTES,
+        state_bytes: int = STATE_BYTES,
         wrap_execution: Callable[[str, Execution], Executor] = identity,
         drain_ms: int = 5_000,
         allow_code: bool = True,
@@ -71,6 +76,7 @@ class LoadContext:
             limits,
             asyncio.Semaphore(cores),
             responses=responses,
+            states=TenantShares(MemoryAccount(state_bytes)),
             wrap_execution=wrap_execution,
             drain_s=drain_ms / 1000,
             allow_code=allow_code,

@@ -127,6 +127,7 @@ def _sequencing(
         weights=rules.of(config).weights,
         first_shapes=tuple(array.shape for array in first.values()),
         outputs=OutputSizes.of(signature, loaded.batch_policy().max_bytes),
+        states=context.states,
         statistics=statistics,
         outcomes=context.outcomes,
         clock=context.clock,

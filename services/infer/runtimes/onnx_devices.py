@@ -36,6 +36,11 @@ class Device:
     def names(self) -> frozenset[str]:
         return frozenset(name for name, _ in self.providers)
 
+    @property
+    def is_cpu_alone(self) -> bool:
+        """True without an accelerator."""
+        return self.names == {_CPU}
+
 
 def resolve_devices(
     options: SessionOptions, available: Collection[str], count_gpus: Callable[[], int]

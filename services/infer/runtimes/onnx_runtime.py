@@ -7,7 +7,7 @@ from typing import Any
 
 import onnxruntime
 
-from services.infer.runtimes import gpus, onnx_devices
+from services.infer.runtimes import gpus, onnx_arena, onnx_devices
 from services.infer.runtimes.gpu_stream import GpuStreams
 from services.infer.runtimes.multi_device import MultiDeviceSession
 from services.infer.runtimes.onnx_devices import CUDA, Device
@@ -78,7 +78,7 @@ def devices(options: SessionOptions) -> list[tuple[Device, int]]:
 
 def _session(file: Path, options: SessionOptions, device: Device) -> Any:
     try:
-        session = onnxruntime.InferenceSession(str(file), _settings(options), providers=[*device.providers])
+        session = onnxruntime.InferenceSession(str(file), _settings(options, device), providers=[*device.providers])
     # ONNX Runtime raises one class for each error code, RuntimeError, and more.
     except Exception as err:
         raise FailedPrecondition(f"ONNX Runtime cannot load {file.name}: {plain(err, file)}") from err
@@ -90,7 +90,7 @@ def _session(file: Path, options: SessionOptions, device: Device) -> Any:
     return session
 
 
-def _settings(options: SessionOptions) -> onnxruntime.SessionOptions:
+def _settings(options: SessionOptions, device: Device) -> onnxruntime.SessionOptions:
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = _LOG_SEVERITY
     settings.intra_op_num_threads = options.intra_op_threads
@@ -103,6 +103,7 @@ def _settings(options: SessionOptions) -> onnxruntime.SessionOptions:
     # Threads that spin while they wait for work would take CPU time from other models and processes.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     settings.add_session_config_entry("session.inter_op.allow_spinning", "0")
-    for key, value in options.entries.items():
+    shared = onnx_arena.entries() if options.has_arena and device.is_cpu_alone else {}
+    for key, value in {**shared, **options.entries}.items():
         settings.add_session_config_entry(key, value)
     return settings

@@ -22,6 +22,7 @@ import onnxruntime
 from mesh.process.freed_memory import return_freed_memory
 from services.infer.requests.signature import TensorSpec
 from services.infer.requests.tensors import Tensor
+from services.infer.runtimes import onnx_arena
 from services.infer.runtimes.runtime import ModelFailed, Session
 from shoal.errors import FailedPrecondition
 from shoal.oip.datatypes import BY_NAME, Datatype
@@ -82,21 +83,39 @@ class OnnxSession(Session):
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
         try:
-            if self._needs_ort_values:
-                return self._run_ort_values(inputs, outputs)
-            feed = inputs if isinstance(inputs, dict) else dict(inputs)
-            results: list[Tensor] = self._run(
-                outputs if isinstance(outputs, list) else list(outputs), feed, self._run_options
-            )
+            results = self._run_once(inputs, outputs)
         # ONNX Runtime's exceptions have no common class.
         except Exception as err:
-            raise ModelFailed(plain(err)) from err
+            if not onnx_arena.is_full(err):
+                raise ModelFailed(plain(err)) from err
+            results = self._run_in_shrunk_arena(inputs, outputs)
+        if self._needs_ort_values:
+            return results
         for n, result in enumerate(results):
-            for array in feed.values():
+            for array in inputs.values():
                 # An output that shares an input's memory would change when the batch's buffer is reused.
                 if np.may_share_memory(result, array):
                     results[n] = result.copy()
         return results
+
+    def _run_once(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
+        if self._needs_ort_values:
+            return self._run_ort_values(inputs, outputs)
+        feed = inputs if isinstance(inputs, dict) else dict(inputs)
+        results: list[Tensor] = self._run(
+            outputs if isinstance(outputs, list) else list(outputs), feed, self._run_options
+        )
+        return results
+
+    def _run_in_shrunk_arena(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
+        # Regions that earlier runs have left may be too small, each by itself.
+        self.shrink()
+        try:
+            return self._run_once(inputs, outputs)
+        except Exception as err:
+            # What the run has got would be missing elsewhere.
+            self.shrink()
+            raise ModelFailed(plain(err)) from err
 
     def _run_ort_values(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
         feed = {name: _ort_value(array, self._datatypes[name]) for name, array in inputs.items()}

@@ -17,6 +17,7 @@ from services.infer.model_process.inner_calls import outer_of
 from services.infer.model_process.instance import Instance, Runner
 from services.infer.model_process.session import ModelDied, ProcessSession
 from services.infer.requests.outcome import ExecutionTimes, InferenceResult, Outcome
+from services.infer.requests.request import held_bytes
 from services.infer.requests.signature import Signature
 from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
@@ -68,6 +69,7 @@ class SequenceExecution(Execution):
         for step, result in zip(alive, results, strict=True):
             if isinstance(result, StepResult):
                 step.after = result.states
+                step.after_bytes = held_bytes(list(result.states.values()))
                 outcomes.append(InferenceResult(result.outputs, times))
             else:
                 outcomes.append(self._outcome_of_error(result))

@@ -1,10 +1,10 @@
-"""Rejections of sequence steps, in Triton's words."""
+"""Rejections of sequence steps, in Triton's words where it has them."""
 
 from __future__ import annotations
 
 from services.infer.error_text import quoted
 from services.infer.sequences.rows import SequenceId
-from shoal.errors import InvalidArgument
+from shoal.errors import InvalidArgument, ResourceExhausted
 
 
 def unknown(model: str, id: SequenceId, idle_s: float) -> InvalidArgument:
@@ -27,4 +27,12 @@ def too_many_rows(model: str, rows: int) -> InvalidArgument:
     return InvalidArgument(
         f"inference request to model '{model}' must specify batch-size 1 due to requirements of sequence batcher, "
         f"got {rows}"
+    )
+
+
+def no_memory(model: str) -> ResourceExhausted:
+    """Return the error of a step whose new states find no room. It has run: it says no time to retry."""
+    return ResourceExhausted(
+        f"no memory is left for the state of this sequence of model '{model}': it keeps that of its last successful "
+        "step; end sequences that are not used any more, or ask the operator for a higher SHOAL_INFER_STATE_BYTES"
     )

@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 
+from mesh.h2.memory_account import TenantShares
 from services.infer.requests.outcome import ExecutionTimes, InferenceResult, Outcome
 from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.batcher import Wait
@@ -56,6 +57,7 @@ class SequenceScheduler:
         weights: Mapping[str, float] | None = None,
         first_shapes: Hashable = (),
         outputs: OutputSizes = UNBOUNDED,
+        states: TenantShares | None = None,
         statistics: Statistics,
         outcomes: OutcomeQueue | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -69,6 +71,7 @@ class SequenceScheduler:
             weights: shares of tenants whose sequences wait for a slot; 1 for tenants without an entry.
             first_shapes: shapes of the initial states.
             outputs: sizes of the model's outputs, which bound the batches of `oldest`.
+            states: memory of the sequences' states, by tenant; shared by the schedulers of a process.
             outcomes: delivers the outcomes; shared by the schedulers of a process.
             clock: seconds; deadlines and the executions' expiry are on this clock.
         """
@@ -77,7 +80,7 @@ class SequenceScheduler:
         # An instance of a direct model computes all slots, whichever have a step.
         self._outputs = UNBOUNDED if settings.is_direct else outputs
         self._outcomes = outcomes or OutcomeQueue()
-        self.table = SequenceTable(instances, settings.slots, settings.idle_s, weights, first_shapes)
+        self.table = SequenceTable(instances, settings.slots, settings.idle_s, weights, first_shapes, states)
         self._instances = instances
         self._workers: list[Worker] = []
         self._idle: set[int] = set()
@@ -112,6 +115,7 @@ class SequenceScheduler:
             # None are queued unless leaving was cancelled.
             self._end_queued()
             self._close_workers()
+            self.table.drop_states()
             if self._timer is not None:
                 self._timer.cancel()
 
@@ -151,13 +155,12 @@ class SequenceScheduler:
         if step.expires <= now:
             self._statistics.expired += 1
             raise self._expired_error()
-        self._check_capacity(request)
+        self._make_room(request, tenant)
         try:
             self.table.add(step, tenant)
         except UnknownSequence:
             raise rejections.unknown(self._name, step.id, self._settings.idle_s) from None
-        if self._undelivered is not None:
-            self._undelivered.append(step)
+        self._order([step])
         self._set_timer(step.expires, now)
         self._dispatch_soon()
         return step
@@ -178,16 +181,25 @@ class SequenceScheduler:
     def age_ns(self, step: SequenceStep) -> int:
         return int((self._clock() - step.arrived) * 1e9)
 
-    def _check_capacity(self, request: InferenceRequest) -> None:
-        count, size = self.table.waiting, self.table.waiting_bytes
-        limits = self._limits
-        if count >= limits.calls or (count and size + request.size_bytes > limits.size_bytes):
-            self._statistics.shed_by[Shed.QUEUE_FULL] += 1
-            raise ResourceExhausted(
-                f"Exceeds maximum queue size of model '{self._name}': {count} requests with {size} bytes wait, at most "
-                f"{limits.calls} and {limits.size_bytes} may; retry after {_RETRY_MS} ms",
-                retry_after_ms=_RETRY_MS,
-            )
+    def _make_room(self, request: InferenceRequest, tenant: str) -> None:
+        """Evict steps of another sender when the queue is full. Raises ResourceExhausted when none has more in it."""
+        count, size, limits = self.table.waiting, self.table.waiting_bytes, self._limits
+        # An empty queue accepts a step of any size.
+        excess_bytes = size + request.size_bytes - limits.size_bytes if count else 0
+        if count < limits.calls and excess_bytes <= 0:
+            return
+        error = ResourceExhausted(
+            f"Exceeds maximum queue size of model '{self._name}': {count} requests with {size} bytes wait, at most "
+            f"{limits.calls} and {limits.size_bytes} may; retry after {_RETRY_MS} ms",
+            retry_after_ms=_RETRY_MS,
+        )
+        victims = self.table.senders.victims(request, tenant, calls=count + 1 - limits.calls, size_bytes=excess_bytes)
+        self._statistics.shed_by[Shed.QUEUE_FULL] += len(victims) or 1
+        if not victims:
+            raise error
+        for step in victims:
+            self._drop(step)
+            self._settle(step, error)
 
     # Batches
 
@@ -213,6 +225,7 @@ class SequenceScheduler:
             self._idle.discard(instance)
             steps = chosen.steps
             self.table.take(steps)
+            self._order(steps)
             if self._settings.is_direct:
                 steps = sorted(steps, key=lambda step: step.slot)
             self._running[instance] = steps
@@ -245,8 +258,12 @@ class SequenceScheduler:
         if not self._is_ended:
             self._idle.add(instance)
         started_sequences = set()
+        outcomes = list(outcomes)
         learns = self._outputs.is_learning
-        for step, outcome in zip(steps, outcomes, strict=True):
+        for n, step in enumerate(steps):
+            outcome = outcomes[n]
+            if isinstance(outcome, InferenceResult) and not self.table.has_room(step):
+                outcome = outcomes[n] = rejections.no_memory(self._name)
             is_success = isinstance(outcome, InferenceResult)
             if learns and isinstance(outcome, InferenceResult):
                 # One of the batch is enough: texts take up to some 100 us.
@@ -297,16 +314,31 @@ class SequenceScheduler:
             return
         if isinstance(outcome, DeadlineExceeded):
             self._statistics.expired += 1
-        if self._undelivered is None:
+        if not step.is_ordered:
             self._outcomes.add(step)
-        else:
-            self._release()
+        self._release()
+
+    def _order(self, steps: Sequence[SequenceStep]) -> None:
+        """Give steps without a place in the order of delivery the last ones, for a model that preserves order."""
+        if self._undelivered is None:
+            return
+        for step in steps:
+            if not step.is_ordered:
+                step.is_ordered = True
+                self._undelivered.append(step)
 
     def _release(self) -> None:
-        """Pass on the outcomes that are next in order of arrival, for a model that preserves order."""
+        """Pass on the outcomes that are next in order of arrival, for a model that preserves order.
+
+        A step that waits for a slot loses its place until it runs: the sequences that hold the slots may wait for the
+        outcomes behind it.
+        """
         undelivered = self._undelivered
-        while undelivered and undelivered[0].is_over:
-            self._outcomes.add(undelivered.popleft())
+        while undelivered and (undelivered[0].is_over or undelivered[0].waits_for_slot):
+            step = undelivered.popleft()
+            step.is_ordered = False
+            if step.is_over:
+                self._outcomes.add(step)
 
     def _reject_unknown(self, steps: Sequence[SequenceStep]) -> None:
         for step in steps:

@@ -14,10 +14,16 @@ import heapq
 import math
 from collections.abc import Collection, Hashable, Iterator, Mapping
 
+from mesh.h2.memory_account import MemoryAccount, Share, TenantShares
 from services.infer.requests.request import InferenceRequest
+from services.infer.requests.tensors import Tensor
 from services.infer.scheduling.deadline_heap import DeadlineHeap
 from services.infer.sequences.rows import SequenceId
+from services.infer.sequences.senders import Senders
 from services.infer.sequences.step import Sequence, SequenceSlot, SequenceStep
+
+STATE_BYTES = 512 << 20
+"""Default limit for the states of all sequences of a process. One tenant gets two thirds."""
 
 
 class UnknownSequence(Exception):
@@ -34,6 +40,7 @@ class SequenceTable:
         idle_s: float,
         weights: Mapping[str, float] | None = None,
         first_shapes: Hashable = (),
+        memory: TenantShares | None = None,
     ) -> None:
         """Start without sequences.
 
@@ -41,6 +48,7 @@ class SequenceTable:
             slots: sequences at a time in one instance.
             weights: shares by tenant, of sequences that wait for a slot.
             first_shapes: shapes of the initial states.
+            memory: account of the states, by tenant; None: one of this table alone.
         """
         self.assigned: list[dict[Sequence, None]] = [{} for _ in range(instances)]
         """By instance: the sequences that hold a slot in it."""
@@ -51,6 +59,7 @@ class SequenceTable:
         self._idle_s = idle_s
         self._first_shapes = first_shapes
         self._weights = weights or {}
+        self._memory = memory or TenantShares(MemoryAccount(STATE_BYTES))
         # By owner and id: a tenant that uses the id of another's sequence has one of its own.
         self._known: dict[tuple[str, SequenceId], Sequence] = {}
         self._backlog: dict[Sequence, None] = {}
@@ -58,6 +67,8 @@ class SequenceTable:
         self._idle: dict[Sequence, float] = {}
         self._held_by_tenant: dict[str, int] = {}
         self._expiry: DeadlineHeap[SequenceStep] = DeadlineHeap()
+        self.senders = Senders(self._weights)
+        """Senders of the queued steps."""
         self.waiting = 0
         """Number of queued steps."""
         self.waiting_bytes = 0
@@ -79,6 +90,7 @@ class SequenceTable:
         step.is_waiting = True
         self.waiting += 1
         self.waiting_bytes += step.request.size_bytes
+        self.senders.add(step, tenant)
         self._idle.pop(sequence, None)
         if step.expires != math.inf:
             self._expiry.add(step.expires, step)
@@ -117,7 +129,13 @@ class SequenceTable:
             step.slot = sequence.position.slot
             if step.starts:
                 sequence.has_begun = False
-                sequence.states, sequence.shapes = {}, ()
+                self._set_states(sequence, {}, 0)
+
+    def has_room(self, step: SequenceStep) -> bool:
+        """Return True when the states after a step that has run may be kept, or are not kept at all."""
+        sequence = step.sequence
+        more = step.after_bytes - sequence.state_bytes
+        return step.ends or more <= 0 or self._share(sequence).has_room(more)
 
     def ran(self, step: SequenceStep, now: float, *, is_success: bool) -> list[SequenceStep]:
         """Record the end of a step. Returns the steps behind it that are rejected: their sequence never began."""
@@ -125,8 +143,7 @@ class SequenceTable:
         sequence.running = None
         if is_success:
             sequence.has_begun = True
-            sequence.states = step.after
-            sequence.shapes = tuple(array.shape for array in step.after.values())
+            self._set_states(sequence, step.after, step.after_bytes)
         if step.ends:
             self._close(sequence)
             return []
@@ -207,11 +224,25 @@ class SequenceTable:
         step.is_waiting = False
         self.waiting -= 1
         self.waiting_bytes -= step.request.size_bytes
+        self.senders.remove(step)
+
+    def drop_states(self) -> None:
+        """Drop the states of all sequences: no step will run again."""
+        for sequence in self._known.values():
+            self._set_states(sequence, {}, 0)
+
+    def _set_states(self, sequence: Sequence, states: Mapping[str, Tensor], size_bytes: int) -> None:
+        self._share(sequence).add(size_bytes - sequence.state_bytes)
+        sequence.states, sequence.state_bytes = states, size_bytes
+        sequence.shapes = tuple(array.shape for array in states.values())
+
+    def _share(self, sequence: Sequence) -> Share:
+        return self._memory.of(sequence.tenant.encode("utf-8", "surrogatepass"))
 
     def _close(self, sequence: Sequence) -> None:
         """Close a sequence; a new one with its id may wait already. No step of it is running."""
         sequence.has_begun = False
-        sequence.states, sequence.shapes = {}, ()
+        self._set_states(sequence, {}, 0)
         self._idle.pop(sequence, None)
         while sequence.waiting and sequence.waiting[0].is_dropped:
             sequence.waiting.popleft()

@@ -26,18 +26,21 @@ class SequenceSlot:
 
 
 class SequenceStep(PendingRequest):
-    """One request of a sequence. The loop's thread writes; a worker thread writes only `after` and `is_lost`."""
+    """One request of a sequence. The loop's thread writes; a worker thread writes only `after...` and `is_lost`."""
 
     __slots__ = (
         "after",
+        "after_bytes",
         "arrived",
         "deadline",
         "ends",
         "expires",
         "is_dropped",
         "is_lost",
+        "is_ordered",
         "is_waiting",
         "request",
+        "sender",
         "sequence",
         "slot",
         "starts",
@@ -54,12 +57,18 @@ class SequenceStep(PendingRequest):
         """The step never starts at or after this time."""
         self.starts, self.ends = request.parameters.sequence_start, request.parameters.sequence_end
         self.sequence: Sequence
+        self.sender: tuple[str, Hashable] = ("", None)
+        """Tenant of the request and sender of its call, while the step is queued."""
         self.slot = 0
         self.is_waiting = False
+        self.is_ordered = False
+        """True while the step has a place in the order of delivery, of a model that preserves order."""
         self.is_dropped = False
         """True: the step will not run, and stays queued only to end its sequence in order."""
         self.after: Mapping[str, Tensor] = {}
         """States after the step, once it has run."""
+        self.after_bytes = 0
+        """Memory of these states."""
         self.is_lost = False
         """True when the model's memory of its sequences is lost."""
 
@@ -70,6 +79,11 @@ class SequenceStep(PendingRequest):
     @property
     def tenant(self) -> str:
         return self.sequence.tenant
+
+    @property
+    def waits_for_slot(self) -> bool:
+        """True when the step cannot run before another sequence ends."""
+        return self.is_waiting and self.sequence.position is None
 
     rows = 1
     """For the policies: a step has one row, and no due time."""
@@ -92,6 +106,8 @@ class Sequence:
     """True after the first step has run, until the last one has."""
     states: Mapping[str, Tensor] = field(default_factory=dict)
     """States after the last successful step."""
+    state_bytes: int = 0
+    """Memory of the states, which counts in the tenant's share."""
     shapes: Hashable = ()
     """Shapes of the states: steps with equal shapes can be stacked."""
 

@@ -413,6 +413,19 @@ def test_output_without_end_is_logged_in_part_and_other_work_goes_on(load, caplo
     assert kept + dropped == 20_000
 
 
+def test_a_long_error_is_logged_in_part_and_the_model_does_not_wait_for_it(load, caplog):
+    caplog.set_level(logging.INFO)
+    session = load(model("raise ValueError('begin ' + 'x' * 20_000_000 + ' end')"))
+    with pytest.raises(ModelFailed, match=r"ValueError: begin x+") as err:
+        run(session)
+    assert len(str(err.value)) < 2000
+    session.close()
+    lines = [record.getMessage() for record in caplog.records if record.name == "services.infer.model_process.process"]
+    assert sum(line.count("x") for line in lines) < 20_000
+    assert any("ValueError: begin x" in line for line in lines)
+    assert any(line.endswith("x end") for line in lines)
+
+
 def test_instances_run_concurrently(load):
     session = load(model("time.sleep(0.5); x = x * 0 + os.getpid() / 2"), instances=3)
     results: list[float] = []

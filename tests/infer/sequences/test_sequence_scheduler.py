@@ -9,13 +9,22 @@ from dataclasses import replace
 
 import pytest
 
+from mesh.h2.memory_account import MemoryAccount, TenantShares
 from services.infer.requests.request import InferenceRequest
+from services.infer.requests.request_memory import Uncounted
 from services.infer.scheduling.output_sizes import OutputSizes
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.sequences.step import Sequence, SequenceStep
 from shoal.errors import DeadlineExceeded, Internal, InvalidArgument, ResourceExhausted
 from tests.infer.scheduling.virtual_time import run
 from tests.infer.sequences.simulated import Bench, settings, step
+
+
+class Sender(Uncounted):
+    """Memory of a call of one sender."""
+
+    def __init__(self, name: str) -> None:
+        self.sender = name
 
 
 async def refused(kind: type[Exception], call: Awaitable[object]) -> str:
@@ -221,6 +230,59 @@ def test_a_full_queue_refuses():
     run(scene())
 
 
+def test_in_a_full_queue_the_tenant_with_the_most_steps_loses_its_newest():
+    async def scene() -> None:
+        bench = Bench(settings(slots=2, rows=2), limits=QueueLimits(calls=4))
+        async with bench.scheduler:
+            await bench.total(step(1, start=True), tenant="acme")
+            await bench.total(step(1, start=True), tenant="flood")
+            flood = [later(bench.total(step(n, start=True), tenant="flood")) for n in range(2, 6)]
+            await asyncio.sleep(0)
+            assert await bench.total(step(1), tenant="acme") == 2
+            assert "Exceeds maximum queue size" in await refused(ResourceExhausted, flood.pop())
+            await refused(ResourceExhausted, asyncio.gather(*(bench.total(step(1), tenant="flood") for _ in range(2))))
+            assert bench.statistics.shed == 2
+            assert not any(task.done() for task in flood)
+            for task in flood:
+                task.cancel()
+
+    run(scene())
+
+
+def test_in_queued_bytes_the_tenant_with_the_most_gives_way_and_small_ones_stay():
+    async def scene() -> None:
+        bench = Bench(settings(slots=1, rows=1), limits=QueueLimits(size_bytes=1000))
+        async with bench.scheduler:
+            await bench.total(step(1, start=True), tenant="acme")
+            large = [replace(step(n, start=True), size_bytes=480) for n in (2, 3)]
+            flood = [later(bench.total(each, tenant="flood")) for each in large]
+            small = [later(bench.total(step(n, start=True), tenant="acme")) for n in range(2, 12)]
+            await asyncio.sleep(0)
+            await refused(ResourceExhausted, flood[1])
+            assert bench.scheduler.table.waiting_bytes == 480 + 80
+            for task in (flood[0], *small):
+                task.cancel()
+
+    run(scene())
+
+
+def test_one_sender_that_fills_the_queue_gives_way_to_others_of_its_tenant():
+    async def scene() -> None:
+        bench = Bench(settings(slots=1, rows=1), limits=QueueLimits(calls=4))
+        async with bench.scheduler:
+            await bench.total(step(1, start=True))
+            flood = [later(bench.total(step(n, start=True))) for n in range(2, 6)]
+            await asyncio.sleep(0)
+            other = step(1)
+            other.memory = Sender("other")
+            assert await bench.total(other) == 2
+            await refused(ResourceExhausted, flood.pop())
+            for task in flood:
+                task.cancel()
+
+    run(scene())
+
+
 def test_an_expired_step_is_not_run_and_the_sequence_goes_on():
     async def scene() -> None:
         bench = Bench(settings())
@@ -327,6 +389,55 @@ def test_order_is_preserved_with_preserve_ordering():
             waiting[1].cancel()
             await asyncio.wait(waiting)
             assert done == [1, 3, 4, 5]
+
+    run(scene())
+
+
+def test_with_preserve_ordering_a_step_that_waits_for_a_slot_holds_no_outcome_up():
+    async def scene() -> None:
+        bench = Bench(settings(direct=False, slots=2, rows=2, preserves_order=True))
+        done: list[int] = []
+
+        async def one(id: int, *, start: bool = False, end: bool = False) -> None:
+            await bench.total(step(id, start=start, end=end))
+            done.append(id)
+
+        async with bench.scheduler:
+            await asyncio.gather(one(1, start=True), one(2, start=True))
+            waiting = [later(one(id, start=True)) for id in (3, 4)]
+            await asyncio.sleep(0)
+            # Neither sequence would end without these outcomes.
+            await asyncio.wait_for(one(1), 1)
+            await asyncio.wait_for(asyncio.gather(one(2, end=True), one(1)), 1)
+            await asyncio.wait_for(waiting[0], 1)
+            await asyncio.wait_for(one(1, end=True), 1)
+            await asyncio.wait_for(waiting[1], 1)
+            assert done == [1, 2, 1, 2, 1, 3, 1, 4]
+
+    run(scene())
+
+
+def test_states_beyond_the_memory_of_their_tenant_are_not_kept():
+    async def scene() -> None:
+        account = MemoryAccount(10 * 8)
+        bench = Bench(settings(slots=20, rows=20), states=TenantShares(account))
+        async with bench.scheduler:
+            # Two thirds of ten states of 8 bytes.
+            for n in range(1, 7):
+                await bench.total(step(n, start=True), tenant="flood")
+            assert "no memory is left" in await refused(
+                ResourceExhausted, bench.total(step(7, start=True), tenant="flood")
+            )
+            await refused(InvalidArgument, bench.total(step(7), tenant="flood"))
+            assert await bench.total(step(1), tenant="flood") == 2, "its state has not grown"
+            assert await bench.total(step(8, start=True, end=True), tenant="flood") == 1, "no state is kept"
+            assert await bench.total(step(1, start=True), tenant="acme") == 1
+            assert account.held == 7 * 8
+            assert await bench.total(step(2, end=True), tenant="flood") == 2
+            assert await bench.total(step(1, start=True), tenant="flood") == 1
+            assert account.held == 6 * 8
+            assert bench.statistics.success.count == 11
+        assert account.held == 0
 
     run(scene())
 

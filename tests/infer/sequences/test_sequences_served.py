@@ -11,6 +11,7 @@ import pytest
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.breakable import until
 from tests.infer.conftest import Repository, floats, output, request
+from tests.infer.onnx_files import remembering
 from tests.infer.sequences.stateful_models import config, put, step
 
 START_IT = "must specify the START flag on the first request of the sequence"
@@ -199,3 +200,28 @@ async def test_a_new_version_and_an_unload_end_the_sequences_of_the_old(served, 
     await load(pb.RepositoryModelLoadRequest(model_name="direct"), timeout=30)
     code, message = await refused(infer(step("direct", 5, 1)))
     assert (code, START_IT in message) == ("INVALID_ARGUMENT", True)
+
+
+async def test_states_that_grow_are_bounded_for_each_tenant(serve, models_folder: Repository):
+    state = 'state { input_name: "seen_in" output_name: "seen_out" data_type: TYPE_FP32 dims: [ 1, -1 ] }'
+    strategy = "oldest { max_candidate_sequences: 64 } max_sequence_idle_microseconds: 60000000"
+    models_folder.put("seen", remembering(), config=f"max_batch_size: 0 sequence_batching {{ {strategy} {state} }}")
+    served = await serve(models_folder.root, state_bytes=3 << 20)
+
+    async def seen(tenant: str, id: int, kib: int, *, start: bool = False) -> int:
+        made = request("seen", x=np.ones((1, kib << 8), np.float32))
+        made.parameters["sequence_id"].int64_param = id
+        made.parameters["sequence_start"].bool_param = start
+        response = await served.stub.ModelInfer(made, metadata=[("x-shoal-tenant", tenant)])
+        return int(output(response, "count")[0])
+
+    # The initial state is one zero.
+    assert await seen("flood", 1, 1000, start=True) == 256_001
+    for more in (1, 2):
+        code, said = await refused(seen("flood", 2 * more, 1100, start=True))
+        assert code == "RESOURCE_EXHAUSTED"
+        assert "SHOAL_INFER_STATE_BYTES" in said
+    code, _ = await refused(seen("flood", 1, 1100))
+    assert code == "RESOURCE_EXHAUSTED"
+    assert await seen("flood", 1, 1) == 256_001 + 256, "the state of the last successful step"
+    assert await seen("acme", 1, 500, start=True) == 128_001

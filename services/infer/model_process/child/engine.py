@@ -7,13 +7,18 @@ start  ──> response, response, ... ──> end         a decoupled model: an
 from __future__ import annotations
 
 import threading
-import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from services.infer.model_process.channel import Message
 from services.infer.model_process.child.mailbox import RUNNING_ID, WAKE, Abandoned, RequestListener
-from services.infer.model_process.hosted import Batch, Hosted, RunFailed, text_of
+from services.infer.model_process.hosted import (
+    Batch,
+    Hosted,
+    RunFailed,
+    print_error,
+    text_of,
+)
 from services.infer.model_process.payload import TensorPart
 
 # Errors are cut to this length: a status message travels in a header of limited size.
@@ -231,5 +236,5 @@ class _Streams:
         try:
             steps.close()
         # The model's generator may raise while it is closed: the request is cancelled, so nothing receives the error.
-        except BaseException:
-            traceback.print_exc()
+        except BaseException as err:
+            print_error(err)

@@ -13,14 +13,19 @@ import os
 import signal
 import socket
 import sys
-import traceback
 from pathlib import Path
 from typing import NoReturn
 
 from services.infer.model_process.channel import Channel, ChannelClosed, Message
 from services.infer.model_process.child.engine import serve
 from services.infer.model_process.child.mailbox import Mailbox
-from services.infer.model_process.hosted import Hosted, Load, LoadFailed, MakeInnerCall
+from services.infer.model_process.hosted import (
+    Hosted,
+    Load,
+    LoadFailed,
+    MakeInnerCall,
+    print_error,
+)
 
 _PR_SET_PDEATHSIG = 1
 MAX_LOAD_ERROR_CHARACTERS = 2000
@@ -40,8 +45,8 @@ def main(fd: int, server: int) -> NoReturn:
         serve_one(channel)
     except ChannelClosed:
         pass
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as err:
+        print_error(err)
         exit_now(1)
     exit_now(0)
 
@@ -66,8 +71,8 @@ def serve_one(channel: Channel) -> None:
     finally:
         try:
             hosted.close()
-        except BaseException:
-            traceback.print_exc()
+        except BaseException as err:
+            print_error(err)
 
 
 def load_hosted(message: Message, call: MakeInnerCall) -> Hosted:

@@ -15,7 +15,6 @@ A `predict` that yields makes the model decoupled: each dict is one response, an
 from __future__ import annotations
 
 import inspect
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,16 @@ from typing import Any
 import numpy as np
 
 from services.infer.model_process import payload
-from services.infer.model_process.hosted import Batch, BatchResult, HostedModelInfo, Load, LoadFailed, RunFailed, Sender
+from services.infer.model_process.hosted import (
+    Batch,
+    BatchResult,
+    HostedModelInfo,
+    Load,
+    LoadFailed,
+    RunFailed,
+    Sender,
+    print_error,
+)
 from services.infer.model_process.payload import TensorPart
 from services.infer.model_process.python.config_form import specs
 from services.infer.model_process.python.source import error_line
@@ -47,14 +55,14 @@ class ShoalModel:
             if hasattr(self._model, "load"):
                 self._model.load(load.file.parent, dict(load.config))
         except BaseException as err:
-            traceback.print_exc()
+            print_error(err)
             raise LoadFailed(f"the model's load failed: {error_line(err, load.file)}") from err
 
     def run(self, batch: Batch) -> BatchResult:
         try:
             result = self._model.predict(batch.arrays())
         except BaseException as err:
-            traceback.print_exc()
+            print_error(err)
             raise RunFailed(error_line(err, self._file)) from err
         return BatchResult(self._parts(result, batch.outputs))
 
@@ -63,7 +71,7 @@ class ShoalModel:
             result = self._model.predict(batch.arrays())
             responses = iter([result] if isinstance(result, Mapping) else result)
         except BaseException as err:
-            traceback.print_exc()
+            print_error(err)
             sender.fail(RunFailed(error_line(err, self._file)), final=True)
             return
         yield from self._responses(responses, batch.outputs, sender)
@@ -78,7 +86,7 @@ class ShoalModel:
         except GeneratorExit:
             raise
         except BaseException as err:
-            traceback.print_exc()
+            print_error(err)
             sender.fail(RunFailed(error_line(err, self._file)), final=True)
         finally:
             close = getattr(responses, "close", None)

@@ -9,7 +9,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from services.infer.model_process.hosted import LoadFailed, text_of
+from services.infer.model_process.hosted import (
+    LoadFailed,
+    print_error,
+    text_of,
+)
 
 TRITON_CLASS = "TritonPythonModel"
 _OWN_CLASS = "Model"
@@ -36,7 +40,7 @@ def import_module(file: Path, name: str) -> ModuleType:
     except SystemExit as err:
         raise LoadFailed(f"{file.name} called sys.exit({err.code!r}) while it was imported") from err
     except BaseException as err:
-        traceback.print_exc()
+        print_error(err)
         raise LoadFailed(f"{file.name} cannot be imported: {error_line(err, file)}") from err
     return module
 

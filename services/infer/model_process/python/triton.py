@@ -10,11 +10,19 @@ import asyncio
 import inspect
 import json
 import queue
-import traceback
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
-from services.infer.model_process.hosted import Batch, BatchResult, HostedModelInfo, Load, LoadFailed, RunFailed, Sender
+from services.infer.model_process.hosted import (
+    Batch,
+    BatchResult,
+    HostedModelInfo,
+    Load,
+    LoadFailed,
+    RunFailed,
+    Sender,
+    print_error,
+)
 from services.infer.model_process.payload import TensorPart
 from services.infer.model_process.python.config_form import specs
 from services.infer.model_process.python.source import TRITON_CLASS, error_line
@@ -38,7 +46,7 @@ class TritonModel:
             if hasattr(self._model, "initialize"):
                 self._model.initialize(_arguments(load, config))
         except BaseException as err:
-            traceback.print_exc()
+            print_error(err)
             raise LoadFailed(f"initialize failed: {error_line(err, load.file)}") from err
 
     def run(self, batch: Batch) -> BatchResult:
@@ -78,7 +86,7 @@ class TritonModel:
             result = self._model.execute(requests)
             return self._run_coroutine(result) if inspect.iscoroutine(result) else result
         except BaseException as err:
-            traceback.print_exc()
+            print_error(err)
             message = error_line(err, self._file)
         # Raised outside of `except`: as a cause, the model's error would keep the requests and their senders alive.
         raise RunFailed(message)
@@ -196,7 +204,7 @@ def _completed(kind: type[Any], load: Load) -> dict[str, Any]:
     try:
         result = complete(config)
     except BaseException as err:
-        traceback.print_exc()
+        print_error(err)
         raise LoadFailed(f"auto_complete_config failed: {error_line(err, load.file)}") from err
     if not isinstance(result, ModelConfig):
         raise LoadFailed(
