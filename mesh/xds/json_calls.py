@@ -216,13 +216,18 @@ end
 -- Raise an error unless `text` is a JSON object with the fields of `root`.
 local function check(text, root)
   local at, tokens, value = 1, 0, nil
-  local marks, control = {}, 0
+  local marks, control, keys = {}, 0, {}
 
   local function bad(message) error({message}, 0) end
 
   local function next_byte()
-    at = find(text, "[^ \t\r\n]", at) or #text + 1
-    return byte(text, at)
+    -- Compiled by LuaJIT, unlike a search for a pattern: 100,000 values take 4 ms and not 30.
+    local c = byte(text, at)
+    while c == 32 or c == 9 or c == 10 or c == 13 do
+      at = at + 1
+      c = byte(text, at)
+    end
+    return c
   end
 
   local function unexpected(expected)
@@ -252,14 +257,23 @@ local function check(text, root)
     return sub(text, from, quote - 1)
   end
 
-  -- The transcoder would leave it out of a list, and make it empty in a map.
-  local function no_null(where)
-    if next_byte() == 110 then bad(where .. " has null for an element, which must have a value") end
+  -- The name of the field whose object or list has this depth. Only errors need it.
+  local function where(depth)
+    local name = root
+    for level = 1, depth - 1 do
+      if keys[level] then name = name .. "." .. shown(keys[level]) end
+    end
+    return name
   end
 
-  local function object(kind, where, depth)
+  -- The transcoder would leave it out of a list, and make it empty in a map.
+  local function no_null(depth)
+    if next_byte() == 110 then bad(where(depth) .. " has null for an element, which must have a value") end
+  end
+
+  local function object(kind, depth)
     local fields = type(kind) == "string" and TYPES[kind]
-    if not kind then bad(where .. " is no object") end
+    if not kind then bad(where(depth) .. " is no object") end
     local seen = {}
     at = at + 1
     if next_byte() == 125 then at = at + 1 return end
@@ -268,17 +282,18 @@ local function check(text, root)
       tokens = tokens + 1
       local key = string_at()
       local field = fields and fields[key]
-      if fields and not field then bad(format("%%s has no field '%%s'", where, shown(key))) end
+      if fields and not field then bad(format("%%s has no field '%%s'", where(depth), shown(key))) end
       local name = field and field[1] or key
-      if seen[name] then bad(format("%%s has the field '%%s' twice", where, shown(key))) end
+      if seen[name] then bad(format("%%s has the field '%%s' twice", where(depth), shown(key))) end
       seen[name] = true
       if next_byte() ~= 58 then unexpected("a colon") end
       at = at + 1
       local inner
       if field then inner = field[2] else inner = kind[1] end
-      if next_byte() == 91 and not (field and field[3]) then bad(format("%%s.%%s is no list", where, shown(key))) end
-      if not field then no_null(where) end
-      value(inner, where .. "." .. shown(key), depth + 1)
+      keys[depth] = key
+      if next_byte() == 91 and not (field and field[3]) then bad(where(depth + 1) .. " is no list") end
+      if not field then no_null(depth) end
+      value(inner, depth + 1)
       local c = next_byte()
       at = at + 1
       if c == 125 then return end
@@ -286,8 +301,9 @@ local function check(text, root)
     end
   end
 
-  local function array(kind, where, depth)
+  local function array(kind, depth)
     at = at + 1
+    keys[depth] = false
     -- Numbers and literals have no names: the transcoder reads them. It takes '...' for a text, too.
     local stop = next_mark("]", at)
     if stop < next_mark("[", at) and stop < next_mark("{", at) and stop < next_mark("}", at)
@@ -296,8 +312,8 @@ local function check(text, root)
       return
     end
     while true do
-      no_null(where)
-      value(kind, where, depth + 1)
+      no_null(depth)
+      value(kind, depth + 1)
       local c = next_byte()
       at = at + 1
       if c == 93 then return end
@@ -305,7 +321,7 @@ local function check(text, root)
     end
   end
 
-  function value(kind, where, depth)
+  function value(kind, depth)
     tokens = tokens + 1
     if tokens > %(tokens)d then bad("the body has more than %(tokens)d values and keys: use gRPC") end
     if depth > %(depth)d then bad("the body has more than %(depth)d objects and arrays within each other") end
@@ -313,9 +329,9 @@ local function check(text, root)
     if c == 34 then
       string_at()
     elseif c == 123 then
-      object(kind, where, depth)
+      object(kind, depth)
     elseif c == 91 then
-      array(kind, where, depth)
+      array(kind, depth)
     else
       local _, to = find(text, "^[%%w+%%-.]+", at)
       if not to then unexpected("a value") end
@@ -324,7 +340,7 @@ local function check(text, root)
   end
 
   if next_byte() ~= 123 then unexpected("an object") end
-  value(root, root, 1)
+  value(root, 1)
   if next_byte() then unexpected("the end of the body") end
 end
 
