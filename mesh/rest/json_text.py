@@ -43,8 +43,9 @@ class JsonParser(Parser[Any]):
             if not any(name in data for name in _NOT_FINITE):
                 return orjson.loads(data)
             # Unlike orjson, `json` takes half of a surrogate pair, escaped or in bytes: no message can hold it.
-            # Integers are orjson's, too: `int` takes 0.1 ms for one of 4,300 digits, and a document has 1,900 of them.
-            document = json.loads(data.decode(), parse_int=orjson.loads)
+            # Numbers are orjson's, too: `int` takes 0.1 ms for one of 4,300 digits, and a document has 1,900 of them;
+            # `float` takes three times as long as orjson.
+            document = json.loads(data.decode(), parse_int=orjson.loads, parse_float=orjson.loads)
             if b"\\u" in data:
                 json.dumps(document, ensure_ascii=False).encode()
             return document

@@ -10,7 +10,6 @@ in one piece and opened in the next, and their halves are joined. What cannot be
 
 from __future__ import annotations
 
-import re
 import secrets
 from typing import Any
 
@@ -24,8 +23,6 @@ _LONG = 64 << 10
 
 MAX_UNCUT = MAX_VALUES // 2
 """Values of the JSON without the long lists: as many short texts take 12 ms to parse."""
-
-_BRACKET = re.compile(rb"[\[\]]")
 
 
 def parse(text: bytes) -> Steps[Any]:
@@ -105,11 +102,17 @@ def _long_list(text: bytes, start: int, end: int) -> Steps[tuple[list[Any], int]
 
 
 def _end_of_list(text: bytes, at: int, end: int, depth: int) -> int:
-    """Return the place behind the outermost list, of which `depth` are open at `at`; -1 when it is not before `end`."""
-    for bracket in _BRACKET.finditer(text, at, end):
-        depth += 1 if bracket[0] == b"[" else -1
-        if not depth:
-            return bracket.end()
+    """Return the place behind the outermost list, of which `depth` are open at `at`.
+
+    -1 when it is not before `end`, or for lists nested deeper than a tensor.
+    """
+    while 0 <= (bracket := text.find(b"]", at, end)):
+        depth += text.count(b"[", at, bracket) - 1
+        at = bracket + 1
+        if depth < 1:
+            return at
+        if depth > MAX_DIMS:
+            break
     return -1
 
 
