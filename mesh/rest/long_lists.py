@@ -106,7 +106,7 @@ def _end_of_list(text: bytes, at: int, end: int, depth: int) -> int:
 
     -1 when it is not before `end`, or for lists nested deeper than a tensor.
     """
-    while 0 <= (bracket := text.find(b"]", at, end)):
+    while (bracket := text.find(b"]", at, end)) >= 0:
         depth += text.count(b"[", at, bracket) - 1
         at = bracket + 1
         if depth < 1:

@@ -127,7 +127,7 @@ end
 # within a text has a backslash before its quotes, so the name in quotes and a colon are a member of an object. Numbers
 # beyond 15 digits are not exact in Lua. The headers are not valid after the body is read.
 _REST_STEP_LUA = """
-local find, match, format, floor = string.find, string.match, string.format, math.floor
+local find, match, byte, format, floor = string.find, string.match, string.byte, string.format, math.floor
 
 local function varint(number)
   local text = ""
@@ -138,16 +138,34 @@ local function varint(number)
   return text .. format("%%02x", number)
 end
 
+-- The next byte that is no space, and its place.
+local function beyond_space(text, at)
+  local c = byte(text, at)
+  while c == 32 or c and c >= 9 and c <= 13 do
+    at = at + 1
+    c = byte(text, at)
+  end
+  return c, at
+end
+
 local function sequence_in(text)
-  local _, at = find(text, '"sequence_id"%%s*:%%s*')
-  if not at then return nil end
-  local digits = match(text, "^%%d+", at + 1)
+  local at, _, last, c = 1, nil, nil, nil
+  repeat
+    -- A search for a pattern holds a thread of Envoy for 0.1 s when the text has 8 MB; this one is 100 times as fast.
+    _, last = find(text, '"sequence_id"', at, true)
+    if not last then return nil end
+    c, at = beyond_space(text, last + 1)
+  until c == 58
+  _, at = beyond_space(text, at + 1)
+  local digits = match(text, "^%%d+", at)
   if digits then
+    -- No number of 64 bits has more: a header of a longer one would end the connection of all callers of the model.
+    if #digits > 20 then return nil end
     if #digits > 15 then return digits end
     return varint(tonumber(digits))
   end
   -- Of a text with escapes, the text as it is written.
-  local name = match(text, '^"([^"]*)"', at + 1)
+  local name = match(text, '^"([^"]*)"', at)
   if not name or #name > 255 then return nil end
   local size = varint(#name)
   -- The script above takes the second byte of an entry's length for a part of the value.

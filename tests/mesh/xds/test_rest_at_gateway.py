@@ -21,7 +21,7 @@ from shoal.ingest.v1 import ingest_pb2
 from shoal.store.v1 import store_pb2
 from tests.access.policies import key, policy
 from tests.breakable import until
-from tests.mesh.xds.test_json_calls import JOB, STEPS, Gateway, gateway, running
+from tests.mesh.xds.test_json_calls import JOB, STEPS, Gateway, cpu_seconds, gateway, running
 
 __all__ = ["gateway"]
 
@@ -199,6 +199,21 @@ async def test_steps_of_a_sequence_go_to_one_replica_over_rest_and_grpc() -> Non
         # Without a sequence, or one that cannot be read, each request goes to any replica.
         for document, more in (({}, b""), ({}, DECOY.encode()), ({"id": "x" * (9 << 20)}, b""), ([], b"")):
             assert {await replica(document, more) for _ in range(12)} != {0}
+        # A number that no sequence has is not in a header: a long one would end the connection of all callers.
+        for size in (21, 300_000):
+            body = b'{"parameters": {"sequence_id": %b}}' % (b"1" * size)
+            status, found, _ = await sequenced.call("POST", f"/v2/models/{STEPS}/infer", body, kind=None)
+            assert (status, found["bytes"]) == (200, len(body))
+        # Names without a colon, and spaces, before the member. Its search takes no time of a thread that others miss.
+        before = cpu_seconds(sequenced.envoy.pid)
+        for text in ("1" * 8_000_000, '"sequence_id", ' * 500_000):
+            body = b'{"a": [%b], "sequence_id" \n :\t5}' % text.encode()
+            found = {
+                (await sequenced.call("POST", f"/v2/models/{STEPS}/infer", body, kind=None))[1]["replica"]
+                for _ in range(8)
+            }
+            assert len(found) == 1
+        assert cpu_seconds(sequenced.envoy.pid) - before < 1
         path, body = f"/v2/models/{STEPS}/infer", gzip.compress(b'{"parameters": {"sequence_id": 1}}')
         assert (await sequenced.call("POST", path, body, kind=None, content_encoding="gzip"))[0] == 200
         status, _ = await sequenced.text("POST", path, None)
