@@ -74,6 +74,10 @@ class Claims:
             if job.due_at is not None:
                 self._queues.add_head(job.tenant_queue, job.due_at)
 
+    def take_turn(self, tenant: str) -> bool:
+        """Charge a tenant without queued jobs for one job and return True, when it is next among all tenants."""
+        return self._queues.take_turn(tenant)
+
     async def claim_due(self, limit: int, closed_queues: Collection[ClosedQueue]) -> tuple[list[Job], bool]:
         """Claim up to `limit` due jobs with their requests: fair among tenants, the longest waiting first.
 

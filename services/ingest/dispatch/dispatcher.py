@@ -176,11 +176,12 @@ class Dispatcher:
     def claim_in_write(self, jobs: Sequence[Job]) -> list[Job]:
         """Return jobs that are about to be inserted: claimed where no queued job precedes them and capacity allows.
 
+        The queued jobs of other tenants do not precede those of a tenant that has none, when it is next among them.
+
         The outcome of the insert goes to `settle_write`.
         """
-        capacity = (
-            self._claim_capacity() if self._is_drained and not self._just_accepted and self._stop_at is None else 0
-        )
+        is_drained = self._is_drained and not self._just_accepted
+        capacity = self._claim_capacity() if is_drained else self._free_capacity()
         if capacity <= 0:
             return [*jobs]
         now = self._clock()
@@ -191,7 +192,8 @@ class Dispatcher:
             # the job is claimed after its insert.
             may_lapse = job.policy.max_attempts > 1
             is_due = job.due_at is not None and job.due_at <= now
-            if capacity > 0 and may_lapse and is_due and not is_closed(job.tenant, job.model_name, closed):
+            may_claim = capacity > 0 and may_lapse and is_due and not is_closed(job.tenant, job.model_name, closed)
+            if may_claim and (is_drained or self._claims.take_turn(job.tenant)):
                 capacity -= 1
                 self._in_writes += 1
                 job = claim(job, lease, now)
@@ -352,13 +354,20 @@ class Dispatcher:
 
     def _claim_capacity(self) -> int:
         """Return the size of the next claim; 0 while it is better to wait for more capacity."""
-        usual = max((queue.concurrency.limit for queue in self._queues.values() if queue.calls), default=INITIAL_LIMIT)
-        most = min(self._max_calls, usual)
-        capacity = min(most, (self.capacity + 1) // 2, int((HELD_BYTES - self._bytes) / self._mean_bytes))
-        if capacity <= 0:
-            return 0 if self._held else min(1, self.capacity)
-        is_worth_it = self._is_drained or not self._held or capacity >= min(self._max_held // _CLAIM_FRACTION, most)
+        capacity = self._free_capacity()
+        is_worth_it = (
+            self._is_drained or not self._held or capacity >= min(self._max_held // _CLAIM_FRACTION, self._most())
+        )
         return capacity if is_worth_it else 0
+
+    def _free_capacity(self) -> int:
+        """Return the number of jobs that may be claimed at a time now."""
+        capacity = min(self._most(), (self.capacity + 1) // 2, int((HELD_BYTES - self._bytes) / self._mean_bytes))
+        return capacity if capacity > 0 or self._held else min(1, self.capacity)
+
+    def _most(self) -> int:
+        usual = max((queue.concurrency.limit for queue in self._queues.values() if queue.calls), default=INITIAL_LIMIT)
+        return min(self._max_calls, usual)
 
     def _enqueue(self, claimed: Sequence[Job]) -> None:
         """Put claimed jobs into their model queues, and call as many as the concurrency limits allow."""

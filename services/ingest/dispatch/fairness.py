@@ -14,6 +14,8 @@ from collections.abc import Callable, Collection, Sequence
 
 # Number of clocks at which those without effect are dropped.
 _PRUNE_AT = 1_000
+# Number of jobs that an idle tenant may be ahead of the common clock, which advances by whole claims.
+_AHEAD = 64
 
 
 class TenantClocks:
@@ -24,7 +26,7 @@ class TenantClocks:
         self._now = 0.0
         """The common clock: the clock of the last served tenant at that time."""
         self._clocks: dict[str, float] = {}
-        self._waiting: Collection[str] = frozenset()
+        self._waiting: set[str] = set()
         self._prune_at = _PRUNE_AT
 
     def furthest_behind(self, tenants: Collection[str], most: int) -> list[str]:
@@ -32,7 +34,7 @@ class TenantClocks:
         for tenant in tenants:
             if tenant not in self._waiting:
                 self._clocks[tenant] = max(self._now, self._clocks.get(tenant, 0.0))
-        self._waiting = tenants
+        self._waiting = set(tenants)
         if len(self._clocks) > self._prune_at:
             self._prune()
         return heapq.nsmallest(most, tenants, key=lambda tenant: (self._clocks[tenant], tenant))
@@ -50,6 +52,19 @@ class TenantClocks:
             shares[tenant] = shares.get(tenant, 0) + 1
             heapq.heapreplace(heap, (clock + steps[tenant], tenant))
         return shares
+
+    def becomes_idle(self, tenant: str) -> None:
+        """Note that a claim leaves no queued job of `tenant`."""
+        self._waiting.discard(tenant)
+
+    def take_turn(self, tenant: str) -> bool:
+        """Charge an idle tenant for one job and return True, unless it is ahead of the common clock by several jobs."""
+        step = 1 / self._weight_of(tenant)
+        clock = max(self._now, self._clocks.get(tenant, 0.0)) + step
+        if clock > self._now + _AHEAD * step:
+            return False
+        self._clocks[tenant] = clock
+        return True
 
     def charge(self, tenant: str, jobs: int) -> None:
         """Advance the clock of `tenant` by `jobs` claimed jobs, at least one."""

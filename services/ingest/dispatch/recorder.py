@@ -95,9 +95,16 @@ class Recorder:
         self._clock = instance.clock
         self._instance = instance.name
         self._results_group: Group[PendingResult, End | None] = Group(
-            "results", self._put, max_items=RESULT_ITEMS, max_bytes=RESULT_BYTES, size=lambda f: f.result.ByteSize()
+            "results",
+            self._put,
+            max_items=RESULT_ITEMS,
+            max_bytes=RESULT_BYTES,
+            size=lambda pending: pending.result.ByteSize(),
+            sender=lambda pending: pending.result.tenant,
         )
-        self._states: Group[Change, None] = Group("job states", self._write, max_items=STATE_ITEMS, max_bytes=1)
+        self._states: Group[Change, None] = Group(
+            "job states", self._write, max_items=STATE_ITEMS, max_bytes=1, sender=lambda change: change[0].tenant
+        )
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Recorder:

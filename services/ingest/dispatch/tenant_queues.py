@@ -33,11 +33,13 @@ class QueueShare:
 
     tenant: str
     jobs: int
+    spare: int
+    """Number of further jobs that it may have of what other tenants leave."""
     queues: tuple[TenantQueueKey, ...]
 
     def limit(self, spread: int) -> int:
         """Return the number of jobs to read from each queue: one more than may be claimed, the queue's next head."""
-        return self.jobs * spread + 1
+        return (self.jobs + self.spare) * spread + 1
 
 
 class TenantQueues:
@@ -95,18 +97,28 @@ class TenantQueues:
             tenants = random.sample(tenants, most)
         each = min(_QUEUES_PER_TENANT, max(1, QUEUES_PER_CLAIM // len(tenants))) if tenants else 0
         shares = self._clocks.allot(tenants, capacity)
-        return [QueueShare(tenant, jobs, self._oldest(tenant, due[tenant])[:each]) for tenant, jobs in shares.items()]
+        spare = capacity // len(shares) if len(shares) > 1 else 0
+        return [
+            QueueShare(tenant, jobs, min(spare, capacity - jobs), self._oldest(tenant, due[tenant])[:each])
+            for tenant, jobs in shares.items()
+        ]
 
     def pick(
         self, shares: Sequence[QueueShare], seen: Mapping[TenantQueueKey, Sequence[Waiting]], spread: int = 1
     ) -> list[str]:
         """Return the ids to claim. `seen` has the first jobs of each queue, `QueueShare.limit` of them if there are."""
         picked: list[str] = []
-        for share in shares:
+        counts = [sum(len(seen.get(queue, ())) for queue in share.queues) for share in shares]
+        left = sum(max(0, share.jobs - count) for share, count in zip(shares, counts, strict=True))
+        for share, count in zip(shares, counts, strict=True):
+            more = max(0, min(left, share.spare, count - share.jobs))
+            most, left = share.jobs + more, left - more
+            if count < most and len(share.queues) >= len(self._heads.get(share.tenant, ())):
+                self._clocks.becomes_idle(share.tenant)
             queues = {queue: seen.get(queue, ()) for queue in share.queues}
             ordered = sorted((queue.age(due, self._ageing), id_) for queue, jobs in queues.items() for due, id_ in jobs)
-            first = [id_ for _, id_ in ordered[: share.jobs * spread]]
-            picked_here = random.sample(first, share.jobs) if len(first) > share.jobs else first
+            first = [id_ for _, id_ in ordered[: most * spread]]
+            picked_here = random.sample(first, most) if len(first) > most else first
             picked += picked_here
             for queue, jobs in queues.items():
                 self._advance(queue, jobs, frozenset(picked_here))
@@ -115,6 +127,10 @@ class TenantQueues:
     def charge(self, tenant: str, jobs: int) -> None:
         """Charge `tenant` for claimed jobs."""
         self._clocks.charge(tenant, jobs)
+
+    def take_turn(self, tenant: str) -> bool:
+        """Charge a tenant without queued jobs for one job and return True, when it is next among all tenants."""
+        return tenant not in self._heads and self._clocks.take_turn(tenant)
 
     def _due(
         self, queues: Mapping[TenantQueueKey, datetime], now: datetime, closed: Collection[ClosedQueue]

@@ -149,6 +149,41 @@ def test_ten_jobs_do_not_wait_for_anybodys_backlog(
     assert claimed <= 10 * (weight + others) / weight + others / weight + others + 1 + capacity
 
 
+def test_a_tenant_with_few_jobs_saves_up_no_credit_and_what_it_leaves_goes_to_others() -> None:
+    queue, clock = Queue(), TestClock()
+    worker = Claimer(queue, clock, {})
+    queue.put(lane("big"), START - timedelta(hours=1), jobs=2_000)
+
+    def served() -> tuple[int, int]:
+        tenants = Counter(one.tenant for one, _ in worker.claim(100))
+        return tenants["big"], tenants["small"]
+
+    for _ in range(10):
+        clock.advance(seconds=1)
+        queue.put(lane("small"), clock.now, jobs=2)
+        assert served() == (98, 2)
+    clock.advance(seconds=1)
+    queue.put(lane("small"), clock.now, jobs=1_000)
+    big, small = served()
+    assert big + small == 100
+    assert abs(big - small) <= 2
+
+
+def test_an_idle_tenant_takes_turns_beside_a_backlog_and_pays_for_them() -> None:
+    queue, clock = Queue(), TestClock()
+    worker = Claimer(queue, clock, {})
+    queue.put(lane("big"), START - timedelta(hours=1), jobs=2_000)
+    for claimed, turns in ((100, 64), (20, 20), (100, 64)):
+        assert len(worker.claim(claimed)) == claimed
+        assert sum(worker.queues.take_turn("small") for _ in range(200)) == turns
+        assert not worker.queues.take_turn("big")
+    queue.put(lane("small"), START, jobs=100)
+    clock.advance(seconds=1)
+    assert {one.tenant for one, _ in worker.claim(60)} == {"big"}
+    assert not worker.queues.take_turn("small")
+    assert {one.tenant for one, _ in worker.claim(60)} == {"big", "small"}
+
+
 def test_with_more_tenants_than_a_claim_reads_each_has_its_turn() -> None:
     queue, clock = Queue(), TestClock()
     worker = Claimer(queue, clock, {})

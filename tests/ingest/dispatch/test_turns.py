@@ -11,9 +11,10 @@ from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo_clock import utc_now
 from services.ingest.dispatch.attempt import Decision
+from services.ingest.dispatch.recorder import RESULT_ITEMS, STATE_ITEMS, EndingJob
 from services.ingest.dispatch.remote import GivenUpJobs
 from services.ingest.documents import document_of
-from services.ingest.job import End, Job, Outcome
+from services.ingest.job import BackToQueue, End, Job, Lease, Outcome, claim
 from services.ingest.job_store import Inserted
 from shoal.errors import Unavailable
 from tests.breakable import until
@@ -74,12 +75,44 @@ async def test_what_comes_does_not_pass_a_backlog_whose_model_has_just_become_fr
     answers = Answers()
     one = Instance(jobs, utc_now, answers)
     passed: list[bool] = []
+    turns: list[bool] = []
     # An instance that may have eight in calls holds 32: so long it has not claimed the last of them.
-    answers.between = lambda: passed.append(len(answers.began) <= 68 and adopts(one, waiting()))
+
+    def between() -> None:
+        if len(answers.began) <= 68:
+            passed.append(adopts(one, waiting()))
+            turns.append(adopts(one, waiting(tenant="light")))
+
+    answers.between = between
     async with one.recorder, one.dispatcher:
         made = await busy(one)
         answers.may.set()
         await one.has_ended(*made)
         assert passed
         assert not any(passed)
+        # Another tenant, whose jobs wait behind no others of its own, has its turns as soon as the model is free.
+        assert any(turns)
         await until(lambda: adopts(one, waiting()), "nothing waits any more")
+
+
+async def test_the_records_of_a_tenants_jobs_do_not_wait_for_all_those_of_another(jobs: Collection) -> None:
+    here = Instance(jobs, utc_now, Answers())
+    now = utc_now()
+    lease = Lease("l", "local/ingest-0", "p", now + timedelta(minutes=1))
+
+    def held(others: int) -> list[Job]:
+        return [claim(waiting(tenant=tenant), lease, now) for tenant in ["big"] * others + ["small"]]
+
+    ended, returned = held(4 * RESULT_ITEMS), held(4 * STATE_ITEMS)
+    await jobs.insert_many([document_of(one) for one in ended + returned])
+    async with here.recorder:
+        endings = [EndingJob(one, result_of(one, End(Outcome.SUCCEEDED))) for one in ended]
+        await asyncio.gather(*(here.recorder.end([each], lambda _: True, lambda _: None) for each in endings))
+        here.changed.clear()
+        again = BackToQueue(now, True, "failed")
+        await asyncio.gather(
+            *(here.recorder.put_back([(one, again)], lambda _: True, lambda _: None) for one in returned)
+        )
+    # A job waits for one write, and is in the next.
+    assert [each.tenant for each in here.store.results].index("small") < 2 * RESULT_ITEMS
+    assert here.changed.index(returned[-1].id) < 2 * STATE_ITEMS
