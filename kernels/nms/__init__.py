@@ -19,6 +19,9 @@ from kernels.backend import Operation
 
 OPERATION = Operation(__name__, gpu="cuda")
 
+MAX_BOXES_ON_GPU = 393_216
+"""The sweep keeps a bit for each box in the 48 KiB of memory that its block shares."""
+
 
 def nms(
     boxes: Any,
@@ -49,7 +52,8 @@ def nms(
         number of kept boxes is unknown without waiting.
 
     Raises:
-        ValueError: a threshold outside [0, 1], a `least_score` that is NaN, a wrong shape or memory order.
+        ValueError: a threshold outside [0, 1], a `least_score` that is NaN, a wrong shape or memory order, more than
+            `MAX_BOXES_ON_GPU` boxes on a GPU.
         TypeError: a wrong dtype, or host and device arrays in one call.
     """
     version = OPERATION.version(stream, boxes=boxes, scores=scores, groups=groups, out=out)

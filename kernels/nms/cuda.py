@@ -9,6 +9,7 @@ import numpy as np
 
 from kernels import arrays
 from kernels.cuda_source import CudaSource
+from kernels.nms import MAX_BOXES_ON_GPU
 
 SOURCE = CudaSource(Path(__file__).with_name("nms.cu"), ("nms_order", "nms_matrix", "nms_sweep"), registers=48)
 WORD = 64
@@ -20,6 +21,8 @@ def run(
 ) -> Any:
     """Run the three kernels with m * m / 8 + 28 m bytes of scratch from the stream's memory pool."""
     m = boxes.shape[0]
+    if m > MAX_BOXES_ON_GPU:
+        raise ValueError(f"nms: {m} boxes, more than {MAX_BOXES_ON_GPU} on a GPU")
     words = -(-m // WORD)
     corners = arrays.empty(boxes, (m, 4), arrays.FLOAT32, stream)
     group_of, index, count = (arrays.empty(boxes, (size,), arrays.INT32, stream) for size in (m, m, 1))

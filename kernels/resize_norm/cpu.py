@@ -1,5 +1,8 @@
 """resize_norm on the CPU: a vertical filter along source rows, then a horizontal filter with a constant tap count.
 
+Where the output is twice as high as its source or higher, the horizontal filter comes first, once for each source row:
+a low image that is very wide would be filtered once for each row of the output.
+
 The vertical pass reads four source rows at a time in order, so the line of sums is loaded and stored a quarter as
 often. LLVM vectorises its loop. The horizontal pass has the same number of taps for every pixel, padded with zero
 weights, and sums the three channels in one vector.
@@ -242,6 +245,7 @@ def resize_images(
     sums = np.empty(4 * out_w, np.float32)
     line_out = np.empty(channels * out_w, np.float32)
     scratch = np.empty(channels * out_w, np.float32)
+    whole = np.ones(1, np.float32)
     for n in range(first_image, end_image):
         height, width = table[n]["height"], table[n]["width"]
         sy, sx = float(table[n]["sy"]), float(table[n]["sx"])
@@ -265,6 +269,10 @@ def resize_images(
         rows = taps_of(height, float(table[n]["y0"]), sy, out_h, antialias, top, down)
         # One extra float for the vector of four at the last pixel.
         line = np.zeros(high - low + 1, np.float32)
+        is_upscaled = sy < 0.5
+        # Source rows as wide as the output. Row r is in line r % rows: outputs need `rows` of them, in order.
+        resized = np.empty((rows if is_upscaled else 0, 4 * out_w), np.float32)
+        held = np.full(rows, -1)
         for y in range(first_row, end_row):
             # Skip the zero weights at both ends, which pad the number of taps.
             begin_k, end_k = 0, rows
@@ -272,9 +280,21 @@ def resize_images(
                 begin_k += 1
             while end_k > begin_k + 1 and down[y, end_k - 1] == 0:
                 end_k -= 1
-            start = (top[y] + begin_k) * pitch + low
-            blend_rows(source, start, pitch, down[y, begin_k:end_k], end_k - begin_k, line[: high - low])
-            blend_columns(line, begin, weights, taps, channels, sums)
+            if is_upscaled:
+                sums[:] = 0
+                for k in range(begin_k, end_k):
+                    row = top[y] + k
+                    at = row % rows
+                    if held[at] != row:
+                        blend_rows(source, row * pitch + low, pitch, whole, 1, line[: high - low])
+                        blend_columns(line, begin, weights, taps, channels, resized[at])
+                        held[at] = row
+                    for x in range(sums.size):
+                        sums[x] += down[y, k] * resized[at, x]
+            else:
+                start = (top[y] + begin_k) * pitch + low
+                blend_rows(source, start, pitch, down[y, begin_k:end_k], end_k - begin_k, line[: high - low])
+                blend_columns(line, begin, weights, taps, channels, sums)
             for c in range(channels):
                 s = order[c]
                 if channels_first:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -199,6 +200,20 @@ def test_a_pool_gives_the_same_numbers() -> None:
             images = [image(rng, *shape) for shape in SIZES[:count]]
             alone = resize_norm(images, size=(13, 21), dtype=np.float16)
             assert np.array_equal(resize_norm(images, size=(13, 21), dtype=np.float16, pool=pool), alone)
+
+
+def test_a_low_wide_image_is_filtered_across_once_and_not_for_each_row_of_the_output() -> None:
+    images = [np.zeros((1, 65_536, 3), np.uint8)]
+
+    def seconds(height: int) -> float:
+        times = []
+        for _ in range(4):
+            begun = time.thread_time()
+            resize_norm(images, size=(height, 8))
+            times.append(time.thread_time() - begun)
+        return min(times)
+
+    assert seconds(736) < 10 * seconds(1)
 
 
 def test_many_threads_at_once() -> None:

@@ -18,6 +18,9 @@ from services.infer.operators.parameters import Parameters
 from services.infer.requests.ragged import Value, rows
 from services.infer.requests.tensors import Tensor
 
+# OpenCV warps in blocks of 32 x 32 pixels: a crop one pixel high takes as long as one of 32.
+_WARPED_SIDE = 32
+
 
 class CropBoxesParameters(Parameters):
     """Parameters of `crop_boxes`."""
@@ -29,7 +32,7 @@ class CropBoxesParameters(Parameters):
     max_boxes: int = Field(1000, ge=1, le=100_000)
     """Limit for all images of a request together."""
     max_pixels: int = Field(40_000_000, ge=1, le=1_000_000_000)
-    """Limit for all crops of a request together."""
+    """Limit for all crops of a request together. Each side of a warped crop counts as 32 at least."""
 
 
 class CropBoxes:
@@ -66,9 +69,13 @@ class CropBoxes:
         self._check(images, boxes)
         pairs = [(image, box) for image, of_image in zip(images, boxes, strict=True) for box in of_image]
         sizes = [self._size(image, box) for image, box in pairs]
-        pixels = sum(height * width for height, width in sizes)
+        least = _WARPED_SIDE if self._parameters.corners else 1
+        pixels = sum(max(height, least) * max(width, least) for height, width in sizes)
         if pixels > self._parameters.max_pixels:
-            raise Unfit(f"input 'boxes': crops of {pixels} pixels, more than max_pixels, {self._parameters.max_pixels}")
+            counted = f" (a side counts as {least} at least)" if self._parameters.corners else ""
+            raise Unfit(
+                f"input 'boxes': crops of {pixels} pixels{counted}, more than max_pixels, {self._parameters.max_pixels}"
+            )
         cut = self._warped if self._parameters.corners else self._cut
         return self._threads.map(lambda work: cut(*work[0], work[1]), list(zip(pairs, sizes, strict=True)))
 

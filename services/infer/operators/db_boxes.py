@@ -9,6 +9,7 @@ as in the package `rapidocr-onnxruntime`; a test compares the boxes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -27,6 +28,10 @@ _MIN_SIDE = 3
 # In pixels of the image: boxes whose first corners differ by less in height are on one line of text.
 _SAME_LINE = 10
 _MAX_SIDE = 1 << 15
+# OpenCV keeps 300 bytes for each contour before the first is looked at. A map with more of them is noise, not text.
+_CONTOURS_PER_CANDIDATE = 100
+# Blobs' bounds may cover the map so often: longer their means do not take. 50 lines of diagonal text cover it 20 times.
+_MAX_COVER = 64
 
 _EMPTY: tuple[Tensor, Tensor] = (np.empty((0, 4, 2), np.float32), np.empty(0, np.float32))
 
@@ -85,9 +90,19 @@ class DbBoxes:
         mask = (probability > parameters.threshold).astype(np.uint8)
         if parameters.dilate:
             mask = cv2.dilate(mask, self._kernel)
+        limit = _CONTOURS_PER_CANDIDATE * parameters.max_candidates
+        if (count := contours_at_most(mask)) > limit:
+            raise Unfit(
+                f"input 'probability' has about {count} blobs and holes, more than {limit}, "
+                f"{_CONTOURS_PER_CANDIDATE} times max_candidates: it is noise"
+            )
         contours = cv2.findContours(mask * np.uint8(255), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)[-2]
         boxes: list[tuple[Tensor, float]] = []
+        covered = 0
         for contour in contours[: parameters.max_candidates]:
+            covered += math.prod(cv2.boundingRect(contour)[2:])
+            if covered > _MAX_COVER * probability.size:
+                raise Unfit(f"input 'probability' has blobs that cover it {_MAX_COVER} times over: it is no text")
             found = self._box(contour, probability, height, width)
             if found is not None:
                 boxes.append(found)
@@ -139,6 +154,23 @@ class DbBoxes:
         self._cv2.fillPoly(mask, inside[np.newaxis], 1)
         mean: float = self._cv2.mean(probability[top : bottom + 1, left : right + 1], mask)[0]
         return mean
+
+
+def contours_at_most(mask: Tensor) -> int:
+    """Return a number that is not below the number of contours of a mask of 0 and 1, UINT8 [height, width].
+
+    A contour is a blob's or a hole's. Each blob has a pixel with none above it and none to its left. The blobs less the
+    holes are a sum over all squares of four pixels (S. Gray, Local properties of binary images in two dimensions, IEEE
+    Transactions on Computers C-20, 1971).
+    """
+    around = np.pad(mask, 1)
+    here, above, left = around[1:-1, 1:-1], around[:-2, 1:-1], around[1:-1, :-2]
+    tops = np.count_nonzero(here > (above | left | around[:-2, :-2] | around[:-2, 2:]))
+    first, last = around[:-1, :-1], around[1:, 1:]
+    squares = first + last + around[:-1, 1:] + around[1:, :-1]
+    one, three = np.count_nonzero(squares == 1), np.count_nonzero(squares == 3)
+    diagonal = np.count_nonzero((squares == 2) & (first == last))
+    return int(2 * tops - (one - three - 2 * diagonal) // 4)
 
 
 def _bounds(values: Tensor) -> tuple[float, float]:

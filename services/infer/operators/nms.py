@@ -8,11 +8,12 @@ import numpy as np
 from pydantic import Field
 
 from kernels import arrays
-from kernels.nms import nms
+from kernels.nms import MAX_BOXES_ON_GPU, nms
 from services.infer.operators.operation import OperationContext, Results, Unfit, map_rows, spec
 from services.infer.operators.parameters import Parameters
 from services.infer.requests.ragged import Value, rows
 from services.infer.requests.tensors import Tensor
+from shoal.errors import FailedPrecondition
 
 _EMPTY: Tensor = np.empty(0, np.int64)
 
@@ -48,6 +49,11 @@ class Nms:
 
     def __init__(self, parameters: NmsParameters, context: OperationContext) -> None:
         self._parameters, self._threads, self._device = parameters, context.threads, context.device
+        if context.device.gpus and parameters.max_candidates > MAX_BOXES_ON_GPU:
+            raise FailedPrecondition(
+                f"operation nms: parameter 'max_candidates' {parameters.max_candidates}: a GPU takes at most "
+                f"{MAX_BOXES_ON_GPU}"
+            )
 
     def run(self, inputs: Mapping[str, Value]) -> Results:
         boxes, scores = rows(inputs["boxes"]), rows(inputs["scores"])

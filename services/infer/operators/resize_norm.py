@@ -25,6 +25,9 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
     "FP16": np.dtype(np.float16),
     "UINT8": np.dtype(np.uint8),
 }
+# The filter of an image takes 40 bytes for each pixel of its longer side. JPEG and WebP have shorter sides.
+_MAX_SOURCE_SIDE = 65_536
+
 _PLACEHOLDER: Tensor = np.zeros((1, 1, 3), np.uint8)
 
 
@@ -80,12 +83,8 @@ class ResizeNorm:
 
     def run(self, inputs: Mapping[str, Value]) -> Results:
         sources = rows(inputs["image"])
-        unfit = {
-            n: f"input 'image' has no pixels: it is {image.shape[0]} high and {image.shape[1]} wide"
-            for n, image in enumerate(sources)
-            if not image.size
-        }
-        images = [image if image.size else _PLACEHOLDER for image in sources]
+        unfit = {n: why for n, image in enumerate(sources) if (why := _unfit(image)) is not None}
+        images = [_PLACEHOLDER if n in unfit else image for n, image in enumerate(sources)]
         fits = [fit(self._parameters, *image.shape[:2]) for image in images]
         transforms = [placed.transform(*image.shape[:2]) for placed, image in zip(fits, images, strict=True)]
         transform = np.array(transforms, np.float32).reshape(-1, 4)
@@ -163,6 +162,16 @@ class ResizeNorm:
         values = np.round(values) if parameters.datatype == "UINT8" else values
         filled: Tensor = values.astype(_DTYPES[parameters.datatype])
         return filled.reshape(3, 1, 1) if parameters.layout == "chw" else filled
+
+
+def _unfit(image: Tensor) -> str | None:
+    """Return why an image cannot be resized; None: it can be."""
+    height, width = image.shape[:2]
+    if not image.size:
+        return f"input 'image' has no pixels: it is {height} high and {width} wide"
+    if max(height, width) > _MAX_SOURCE_SIDE:
+        return f"input 'image' is {height} high and {width} wide: expected at most {_MAX_SOURCE_SIDE} pixels in a side"
+    return None
 
 
 def _three(values: tuple[float, ...]) -> tuple[float, ...]:

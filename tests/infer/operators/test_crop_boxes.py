@@ -64,6 +64,10 @@ def test_no_boxes_are_no_crops(crops):
         (corners((3, 3, 3, 9)), "has no area"),
         (corners((0, 0, 1e5, 1e5)), "more than max_pixels"),
         (corners((0, 0, 3e38, 3e38)), "more than max_pixels"),
+        (
+            corners((0, 0, 1_250_001, 1)),
+            "crops of 40000032 pixels (a side counts as 32 at least), more than max_pixels",
+        ),
         (corners((np.nan, 0, 3, 3)), "NaN"),
         (corners((0, 0, np.inf, 3)), "infinite"),
         (corners(*[(0, 0, 2, 2)] * 1001), "1001 boxes, more than max_boxes, 1000"),

@@ -5,7 +5,11 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
+from services.infer.operators.db_boxes import contours_at_most
 from services.infer.operators.offset_polygon import offset_polygon
 from shoal.errors import FailedPrecondition
 from tests.infer.operators import making
@@ -58,6 +62,29 @@ def test_any_noise_has_a_result(boxes):
     outputs = making.run(made, probability=[rng.random((1, *rng.integers(1, 90, 2)), np.float32) for _ in range(40)])
     making.check(made, outputs, 40)
     assert all(len(found) <= 50 for found in outputs["boxes"])
+
+
+@given(arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.integers(0, 1)))
+def test_contours_are_never_more_than_they_are_counted(mask):
+    contours = cv2.findContours(mask * np.uint8(255), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)[-2]
+    assert len(contours) <= contours_at_most(mask) <= 2 * mask.size
+
+
+def test_a_map_of_dots_is_refused_before_their_contours_are_made(boxes):
+    dots, fewer = np.zeros((1, 1000, 1000), np.float32), np.zeros((1, 1000, 1000), np.float32)
+    dots[0, ::3, ::3] = 0.9
+    fewer[0, ::4, ::4] = 0.9
+    results = making.rows(boxes(), {"probability": [dots, fewer]})
+    assert list(results.unfit) == [0]
+    assert "about 111556 blobs and holes, more than 100000" in results.unfit[0]
+
+
+def test_rings_that_cover_the_map_hundreds_of_times_are_refused(boxes):
+    rings = np.zeros((1, 1000, 1000), np.float32)
+    for n in range(0, 500, 4):
+        rings[0, n : 1000 - n, n : 1000 - n] = 0.9
+        rings[0, n + 2 : 998 - n, n + 2 : 998 - n] = 0
+    assert "cover it 64 times over" in making.wrong(boxes(dilate="false"), probability=[rings])
 
 
 @pytest.mark.parametrize(

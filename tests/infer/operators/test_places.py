@@ -104,3 +104,12 @@ def test_a_gpu_that_is_not_there_is_refused(folder, operation):
 
 def test_left_open_it_is_the_cpu(folder):
     assert making.session(folder, "nms", placements=(ExecutionPlacement("auto"),)).gpus == ()
+
+
+def test_nms_on_a_gpu_says_at_its_load_how_many_boxes_the_gpu_takes(folder):
+    lanes = gpu_streams_of(SimulatedMemory())
+    on_gpu = (ExecutionPlacement("gpu", 0),)
+    with pytest.raises(FailedPrecondition, match="'max_candidates' 393217: a GPU takes at most 393216"):
+        making.session(folder, "nms", placements=on_gpu, lanes=lanes, max_candidates="393217")
+    assert making.session(folder, "nms", placements=on_gpu, lanes=lanes, max_candidates="393216").gpus == (0,)
+    assert making.session(folder, "nms", max_candidates="1000000").gpus == ()

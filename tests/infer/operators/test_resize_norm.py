@@ -147,6 +147,15 @@ def test_no_rows_and_no_pixels(resize):
     assert results.unfit == {1: "input 'image' has no pixels: it is 0 high and 7 wide"}
 
 
+def test_an_image_with_too_long_a_side_is_refused_alone(resize):
+    made = resize(size="8")
+    for shape in ((1, 65_537), (65_537, 1)):
+        results = making.rows(made, {"image": [pixels(4, 4), np.zeros((*shape, 3), np.uint8)]})
+        assert list(results.unfit) == [1]
+        assert "expected at most 65536 pixels in a side" in results.unfit[1]
+    assert making.run(made, image=[np.zeros((1, 65_536, 3), np.uint8)])["image"].shape == (1, 3, 8, 8)
+
+
 FITS = (
     {"fit": "stretch", "size": "37, 23"},
     {"fit": "letterbox", "size": "37, 23"},
