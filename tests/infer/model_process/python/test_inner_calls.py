@@ -127,7 +127,8 @@ async def test_an_inner_call_inherits_deadline_tenant_and_priority(repo, serve, 
     before = time.monotonic()
     await serving.stub.ModelInfer(message, timeout=300, metadata=[(TENANT_HEADER, "blue")])
     outer, middle, last = calls
-    assert before < outer.deadline < time.monotonic() + 300
+    # gRPC sends a timeout of minutes in whole seconds, rounded up: 301 where a millisecond more than 300 remains.
+    assert before < outer.deadline < time.monotonic() + 301
     assert (middle.deadline, middle.tenant, middle.priority) == (outer.deadline, "blue", 3)
     assert (last.deadline, last.tenant, last.priority) == (outer.deadline, "blue", 3)
 
