@@ -121,6 +121,7 @@ async def run(config: IngestConfig, access: Access | None = None) -> None:
             tenants.repository,
             intake.disk,
             dispatch.recorder,
+            queries.jobs,
             queries.changes,
             dispatch.lease_keeper,
             dispatch.dispatcher,

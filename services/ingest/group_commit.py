@@ -164,7 +164,7 @@ class Group(Generic[T, R]):
         assert self._limit_s is not None
         self._timer = None
         now = self._loop.time()
-        late = Unavailable(f"{self._name}: nothing was written for {self._limit_s:.0f} s: retry in a moment")
+        late = Unavailable(f"{self._name}: no answer for {self._limit_s:.0f} s: retry in a moment")
         oldest = None
         for entry in chain(*self._in_flight.values(), *self._waiting.values()):
             if entry[1].done():

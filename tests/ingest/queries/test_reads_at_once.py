@@ -1,62 +1,120 @@
-"""Reads of single jobs: bounded, in turn by tenant, and whole: MongoDB does not see that a client has left."""
+"""Reads of single jobs: in shared queries, in turn by tenant, whole: MongoDB does not see that a client has left."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any, cast
 
 import pytest
+from pymongo.errors import AutoReconnect
 
 from mesh.mongo import Document
-from mesh.rpc.tenant_scope import TenantScope
-from services.ingest.queries.jobs import PAYLOADS_AT_ONCE, READS_AT_ONCE, Jobs
-from shoal.errors import NotFound
+from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
+from services.ingest.documents import document_of
+from services.ingest.job import Job
+from services.ingest.queries.jobs import JOBS_OF_A_QUERY, PAYLOADS_AT_ONCE, QUERIES_AT_ONCE, Jobs
+from shoal.errors import NotFound, Unavailable
 from tests.breakable import PATIENCE_S, until
 from tests.ingest.making import job
 
 JOB = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
+OTHER = "01ARZ3NDEKTSV4RRFFQ69G5FAW"
+MISSING = "01ARZ3NDEKTSV4RRFFQ69G5FAX"
 
 
 class Reads:
-    """A collection whose reads wait until they may end."""
+    """A collection whose queries wait until they may end."""
 
     def __init__(self) -> None:
         self.may_end = asyncio.Event()
-        self.tenants: list[str] = []
+        self.asked: list[list[str]] = []
         self.interrupted = 0
+        self.error: Exception | None = None
 
-    async def find_one(self, query: Document, projection: Document) -> None:
-        self.tenants.append(query["tenant"])
+    def find(self, query: Document, projection: Document, batch_size: int) -> Reads:
+        self.asked.append(query["_id"]["$in"])
+        return self
+
+    async def to_list(self) -> list[Document]:
+        asked = self.asked[-1]
         try:
             await self.may_end.wait()
         except asyncio.CancelledError:
             self.interrupted += 1
             raise
+        if self.error is not None:
+            raise self.error
+        return [document_of(job(id=job_id, tenant="many")) for job_id in asked if job_id != MISSING]
 
 
-async def test_many_reads_of_one_tenant_leave_room_and_are_not_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.ingest.queries.jobs.WAIT_S", 600.0)
+def ids(count: int) -> list[str]:
+    return [f"01ARZ3NDEKTSV4RRFFQ{number:07}" for number in range(count)]
+
+
+@pytest.fixture
+async def reads() -> AsyncIterator[Reads]:
     reads = Reads()
-    jobs = Jobs(cast(Any, reads), cast(Any, None))
+    yield reads
+    reads.may_end.set()
 
-    def reading(tenant: str) -> asyncio.Task[Any]:
-        return asyncio.create_task(jobs.get(JOB, TenantScope(tenant)))
 
-    many = [reading("many") for _ in range(1_000)]
-    await until(lambda: len(reads.tenants) > 1, "they read")
-    other = reading("other")
-    await until(lambda: "other" in reads.tenants, "the other tenant reads")
-    assert reads.tenants.count("many") == READS_AT_ONCE * 2 // 3
-    for task in many:
-        task.cancel()
+@pytest.fixture
+async def jobs(reads: Reads) -> AsyncIterator[Jobs]:
+    async with Jobs(cast(Any, reads), cast(Any, None)) as jobs:
+        yield jobs
+
+
+async def test_many_reads_share_queries_and_another_tenants_is_in_the_next_query(reads: Reads, jobs: Jobs) -> None:
+    many = [asyncio.create_task(jobs.get(job_id, TenantScope("many"))) for job_id in ids(1_000)]
+    await until(lambda: len(reads.asked) == QUERIES_AT_ONCE, "they read")
+    other = asyncio.create_task(jobs.get(OTHER, TenantScope("other")))
+    await asyncio.sleep(0)
     reads.may_end.set()
     async with asyncio.timeout(PATIENCE_S):
-        await asyncio.gather(*many, return_exceptions=True)
+        found = await asyncio.gather(*many)
         with pytest.raises(NotFound):
+            # It exists, and is another tenant's.
             await other
+    assert [each.id for each in found] == ids(1_000)
+    assert OTHER in reads.asked[QUERIES_AT_ONCE]
+    assert max(map(len, reads.asked)) == JOBS_OF_A_QUERY
+    assert len(reads.asked) <= 1_001 // JOBS_OF_A_QUERY + 1 + QUERIES_AT_ONCE
+
+
+async def test_reads_of_one_job_get_what_their_scope_may_see(reads: Reads, jobs: Jobs) -> None:
+    reads.may_end.set()
+    scopes = [EVERY_TENANT, TenantScope("many"), TenantScope("other"), TenantScope("")]
+    found = await asyncio.gather(*(jobs.get(JOB, scope) for scope in scopes), return_exceptions=True)
+    assert [isinstance(each, NotFound) for each in found] == [False, False, True, True]
+
+
+async def test_reads_whose_callers_have_left_are_not_interrupted_and_those_that_wait_are_dropped(
+    reads: Reads, jobs: Jobs
+) -> None:
+    many = [asyncio.create_task(jobs.get(job_id, TenantScope("many"))) for job_id in ids(1_000)]
+    await until(lambda: len(reads.asked) == QUERIES_AT_ONCE, "they read")
+    begun = sum(map(len, reads.asked))
+    for task in many:
+        task.cancel()
+    await asyncio.wait(many, timeout=PATIENCE_S)
     assert all(task.cancelled() for task in many)
-    # Those that waited for a turn have left without a read.
-    assert (reads.interrupted, reads.tenants.count("many")) == (0, READS_AT_ONCE * 2 // 3)
+    last = asyncio.create_task(jobs.get(JOB, TenantScope("many")))
+    await asyncio.sleep(0)
+    reads.may_end.set()
+    async with asyncio.timeout(PATIENCE_S):
+        assert (await last).id == JOB
+    assert (reads.interrupted, sum(map(len, reads.asked))) == (0, begun + 1)
+
+
+async def test_an_error_of_a_query_is_that_of_each_read_and_the_next_reads_again(reads: Reads, jobs: Jobs) -> None:
+    reads.error = AutoReconnect("gone")
+    reads.may_end.set()
+    gone = await asyncio.gather(*(jobs.get(job_id) for job_id in ids(5)), return_exceptions=True)
+    assert [type(each) for each in gone] == [Unavailable] * 5
+    reads.error = None
+    found = await asyncio.gather(jobs.get(JOB), jobs.get(MISSING), return_exceptions=True)
+    assert [type(each) for each in found] == [Job, NotFound]
 
 
 class SlowPayloads:
