@@ -10,7 +10,7 @@ fails, the request fails: calls in flight are abandoned, and no further step sta
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -56,6 +56,7 @@ class EnsembleRun(PendingRequest):
         "arrived",
         "plan",
         "request",
+        "sender",
     )
 
     def __init__(
@@ -73,6 +74,8 @@ class EnsembleRun(PendingRequest):
         self._owner = owner
         self.plan = plan
         self.request = request
+        self.sender: tuple[str, Hashable] = (tenant, None)
+        """Tenant of the request and sender of its call."""
         self.arrived = arrived
         parameters = request.parameters
         # `expires` includes `timeout`, and holds for all steps together.

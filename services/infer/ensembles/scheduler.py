@@ -18,6 +18,7 @@ from services.infer.requests.outcome import InferenceResult
 from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.delivery import OutcomeQueue, Receiver
 from services.infer.scheduling.queue import QueueLimits
+from services.infer.scheduling.senders import Senders
 from services.infer.scheduling.statistics import Shed, Statistics
 from services.infer.scheduling.submit import submit_and_wait
 from shoal.errors import DeadlineExceeded, ResourceExhausted, Unavailable
@@ -55,6 +56,7 @@ class EnsembleScheduler:
         self._outcomes = outcomes or OutcomeQueue()
         self._clock = clock
         self._runs: dict[EnsembleRun, None] = {}
+        self._senders: Senders[EnsembleRun] = Senders({})
         self._size_bytes = 0
         self._mean_s = 0.0
         self._is_closing = False
@@ -105,9 +107,10 @@ class EnsembleScheduler:
         if expires <= now:
             self._statistics.expired += 1
             raise DeadlineExceeded(f"Request timeout expired before ensemble '{self._name}' began: it was not executed")
-        self._admit(request)
+        self._admit(request, tenant)
         run = EnsembleRun(self, self._plan, request, receiver, arrived=now, expires=expires, tenant=tenant)
         self._runs[run] = None
+        self._senders.add(run, tenant)
         self._size_bytes += request.size_bytes
         for version in run.plan.versions:
             version.__enter__()
@@ -132,14 +135,26 @@ class EnsembleScheduler:
         """Return True while no step of `request` has begun its execution."""
         return any(run.request is request and run.is_waiting for run in self._runs)
 
-    def _admit(self, request: InferenceRequest) -> None:
-        """Raise ResourceExhausted when a limit is reached. A single request may exceed the limit of bytes."""
-        size = self._size_bytes + request.size_bytes
-        if len(self._runs) < self._max_requests and (size <= self._max_bytes or not self._runs):
+    def _admit(self, request: InferenceRequest, tenant: str) -> None:
+        """End runs of another sender when a limit is reached. Raises ResourceExhausted when none has more of them.
+
+        A single request may exceed the limit of bytes.
+        """
+        count = len(self._runs)
+        excess_bytes = self._size_bytes + request.size_bytes - self._max_bytes if count else 0
+        if count < self._max_requests and excess_bytes <= 0:
             return
-        self._statistics.shed_by[Shed.QUEUE_FULL] += 1
+        error = self._full_error()
+        victims = self._senders.victims(request, tenant, calls=count + 1 - self._max_requests, size_bytes=excess_bytes)
+        self._statistics.shed_by[Shed.QUEUE_FULL] += len(victims) or 1
+        if not victims:
+            raise error
+        for run in victims:
+            run.fail(error)
+
+    def _full_error(self) -> ResourceExhausted:
         after_ms = int(min(max(self._mean_s * 1000, _RETRY_MIN_MS), _RETRY_MAX_MS))
-        raise ResourceExhausted(
+        return ResourceExhausted(
             f"Exceeds maximum queue size of ensemble '{self._name}': {len(self._runs)} requests are in progress with "
             f"{self._size_bytes} bytes, the limits are {self._max_requests} requests and {self._max_bytes} bytes; "
             f"retry after {after_ms} ms",
@@ -165,6 +180,7 @@ class EnsembleScheduler:
     def _release(self, run: EnsembleRun) -> None:
         """Release the bytes and the model versions of a run that is over."""
         del self._runs[run]
+        self._senders.remove(run)
         self._size_bytes -= run.request.size_bytes
         for version in run.plan.versions:
             version.__exit__(None, None, None)

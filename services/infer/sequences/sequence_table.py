@@ -18,8 +18,8 @@ from mesh.h2.memory_account import MemoryAccount, Share, TenantShares
 from services.infer.requests.request import InferenceRequest
 from services.infer.requests.tensors import Tensor
 from services.infer.scheduling.deadline_heap import DeadlineHeap
+from services.infer.scheduling.senders import Senders
 from services.infer.sequences.rows import SequenceId
-from services.infer.sequences.senders import Senders
 from services.infer.sequences.step import Sequence, SequenceSlot, SequenceStep
 
 STATE_BYTES = 512 << 20
@@ -67,7 +67,7 @@ class SequenceTable:
         self._idle: dict[Sequence, float] = {}
         self._held_by_tenant: dict[str, int] = {}
         self._expiry: DeadlineHeap[SequenceStep] = DeadlineHeap()
-        self.senders = Senders(self._weights)
+        self.senders: Senders[SequenceStep] = Senders(self._weights)
         """Senders of the queued steps."""
         self.waiting = 0
         """Number of queued steps."""

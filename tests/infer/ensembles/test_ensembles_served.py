@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto
 
 from services.infer.core import InferenceServer
-from shoal.errors import Internal, NotFound, Unavailable
+from shoal.errors import Internal, NotFound, ResourceExhausted, Unavailable
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.breakable import until
 from tests.infer import onnx_files
@@ -358,6 +358,23 @@ async def test_so_many_requests_at_the_same_time(serve, models_folder):
         assert "retry-after-ms" in dict(err.value.trailing_metadata() or ())
     await asyncio.gather(*calls)
     assert served.models.find("e", "").statistics.shed == 1
+
+
+async def test_in_a_full_ensemble_the_tenant_with_the_most_requests_loses_its_newest(serve, models_folder):
+    models_folder.ensemble("e", *CHAIN, more=parameter("max_in_flight", "3"))
+    served = await serve(models_folder.root)
+    waiting = served.models.find("double", "").scheduler._queue
+    calls: list[asyncio.Future[object]] = []
+    async with occupied(served.models.find("double", "")):
+        for number, tenant in enumerate(("flood", "flood", "flood", "other"), 1):
+            calls.append(asyncio.ensure_future(served.core.infer(request("e", x=X), tenant=tenant)))
+            await until(lambda number=number: len(waiting) == min(number, 3))
+        with pytest.raises(ResourceExhausted, match="of ensemble 'e': 3 requests are in progress"):
+            await calls.pop(2)
+        with pytest.raises(ResourceExhausted):
+            await served.core.infer(request("e", x=X), tenant="flood")
+    await asyncio.gather(*calls)
+    assert served.models.find("e", "").statistics.shed == 2
 
 
 async def test_a_full_queue_of_a_step_is_told_with_the_time_to_come_back(serve, models_folder):
