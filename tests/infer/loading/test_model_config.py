@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from services.infer.loading import model_config
@@ -82,6 +84,35 @@ def test_nothing_given():
     alone = done.unbatched()
     assert (alone.config.max_batch_size, alone.signature.max_batch_size) == (0, 0)
     assert [list(i.dims) for i in alone.config.input] == [[-1, 4]]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("max_batch_size: 0", True),
+        ("\n\n  max_batch_size :\n 4", True),
+        ('name: "m" max_batch_size: 0', True),
+        ("name: 'it is \\' said' max_batch_size: 0", True),
+        ("# a comment's\nmax_batch_size: 0", True),
+        ("", False),
+        ("# max_batch_size: 4", False),
+        ('name: "max_batch_size: 4"', False),
+        ("name: 'a \" max_batch_size: 4'", False),
+        ('name: "# \\" max_batch_size: 4"', False),
+    ],
+)
+def test_max_batch_size_is_found_where_it_is_a_field(text, says):
+    model_config.parse(text)
+    assert model_config.says_max_batch_size(text) == says
+
+
+@pytest.mark.parametrize("text", ["\n", "a \n", "a:1 ", '"', '"\\"', "max_batch_size ", "#\n", "''"])
+def test_the_search_for_max_batch_size_looks_once_at_each_part_of_a_text(text):
+    # A search from each line, or from each quote, to the end takes minutes for a quarter of this text.
+    most = 1 << 20
+    began = time.thread_time()
+    assert not model_config.says_max_batch_size(text * (most // len(text)))
+    assert time.thread_time() - began < 5
 
 
 def test_a_batch_that_is_given_is_not_guessed():
