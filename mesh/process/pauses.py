@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -23,9 +23,14 @@ class Pauses:
         async with self._turn:
             await asyncio.sleep(0)
 
-    async def each(self, items: Iterable[T], *, every: int = _ITEMS) -> AsyncIterator[T]:
-        """Yield `items`, with a pause after each `every` of them."""
-        for number, item in enumerate(items, 1):
+    async def each(
+        self, items: Iterable[T], *, every: int = _ITEMS, weight: Callable[[T], int] = lambda _: 1
+    ) -> AsyncIterator[T]:
+        """Yield `items`, with a pause after each `every` of them. An item counts as `weight` says."""
+        passed = 0
+        for item in items:
             yield item
-            if not number % every:
+            passed += weight(item)
+            if passed >= every:
+                passed = 0
                 await self.pause()

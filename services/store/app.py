@@ -96,7 +96,7 @@ async def run(config: StoreConfig, access: Access | None = None) -> None:
         staging = Staging(folder, config.max_uploads, config.upload_age_ms / 1000, config.min_free_disk_bytes)
         await stack.enter_async_context(StagingSweep(staging, threads, utc_now))
         artifacts = Artifacts(collections, blobs, staging, threads, max_bytes=config.max_artifact_bytes, clock=clock)
-        registry = Registry(collections, artifacts, clock)
+        registry = Registry(collections, artifacts, clock, config.registry_bytes)
         registry_watch = await stack.enter_async_context(RegistryWatch(collections, registry, config.max_watches))
 
         # Results.

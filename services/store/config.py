@@ -31,6 +31,9 @@ class StoreConfig(ServiceConfig):
     """Larger answers are stored as blobs, and the result refers to them: queries stay light."""
     max_artifact_bytes: Annotated[int, Field(ge=1, le=1 << 42)] = 8 << 30
     """Largest artifact that is accepted."""
+    registry_bytes: Annotated[int, Field(ge=1 << 20, le=64 << 20)] = 8 << 20
+    """Bytes of the versions and aliases of all models in the registry, as MongoDB stores them: about 400 for a version
+    with one file and 130 for each further one."""
     max_uploads: Annotated[int, Field(ge=1, le=10_000)] = 64
     """Unfinished uploads that are kept, including those in progress. Each may use `max_artifact_bytes` of the staging
     disk."""

@@ -14,8 +14,9 @@ exports    {_id: a location, export, call, expires_at}: the export that writes t
 restores   {_id: a backup that is being restored here, began_at}: no garbage collection
 leads      {_id: "store", holder, token, expires_at}: the leader lease (mesh/mongo_lease.py)
 removals   {_id: "results", at, asked?}: the time by which removal is decided (mesh/removal_guard.py)
-models     {_id: "name/version", name, version, files: [{path, sha256, size}], content_digest, labels: [{key, value}]}
-aliases    {_id: "name/alias", name, alias, version}
+models     {_id: "name/version", name, version, files: [{path, sha256, size}], content_digest, labels: [{key, value}],
+            tenant?: whose share of the registry it takes}
+aliases    {_id: "name/alias", name, alias, version, tenant?}
 results    {_id: job id, outcome, ..., recorded_at, labels?, response: bytes | blob: {key, size, sha256}}
 audit      {_id: "writer/number", at, kind, ..., hash}: entries of the audit log (audit/entries.py)
 audit_anchors {_id: number, sha256, at}: anchors of the audit log, whose content is a blob (audit/anchors.py)
@@ -99,10 +100,10 @@ MODELS = _schema(
         "created_at": _DATE,
         "labels": {"bsonType": "array", "items": _LABEL},
     },
-    # Written only so that pointing an alias at a version and removing that version cannot both succeed.
-    {"aliased_at": _DATE},
+    # `aliased_at`: written only so that pointing an alias at a version and removing that version cannot both succeed.
+    {"aliased_at": _DATE, "tenant": _NAME},
 )
-ALIASES = _schema({"_id": _NAME, "name": _NAME, "alias": _NAME, "version": _VERSION})
+ALIASES = _schema({"_id": _NAME, "name": _NAME, "alias": _NAME, "version": _VERSION}, {"tenant": _NAME})
 RESULTS = _schema(
     {
         "_id": {"bsonType": "string", "minLength": 1, "maxLength": 64},

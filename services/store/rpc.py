@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
+from mesh.process.tasks import uninterrupted
 from mesh.rpc.auditing import Auditing, Respond
 from mesh.rpc.copied import copy_all
 from mesh.rpc.fast_call import FastHandler
@@ -105,17 +106,25 @@ class StoreRpc(ArtifactRpc):
         return first
 
     async def ListModels(self, request: pb.ListModelsRequest, ctx: Context) -> pb.ListModelsResponse:
-        scope = self._scopes.of(ctx, "ListModels")
-        return pb.ListModelsResponse(models=_readable(await self._registry.versions(request.name), scope))
+        scope, response = self._scopes.of(ctx, "ListModels"), pb.ListModelsResponse()
+        async with self._registry.list_turns.take(scope.tenant or ""):
+            versions = await uninterrupted(self._registry.versions(request.name))
+            async for version in self._registry.each(versions):
+                if scope.allows(LIST_MODELS, version.name):
+                    response.models.add().CopyFrom(_version(version))
+        return response
 
     async def RemoveModel(self, request: pb.RemoveModelRequest, ctx: Context) -> pb.RemoveModelResponse:
         self._scopes.of(ctx, "RemoveModel").check(REMOVE, request.name)
-        removed = await self._registry.remove(request.name, request.version)
-        return pb.RemoveModelResponse(removed=map(_version, removed))
+        response = pb.RemoveModelResponse()
+        async for version in self._registry.each(await self._registry.remove(request.name, request.version)):
+            response.removed.add().CopyFrom(_version(version))
+        return response
 
     async def SetAlias(self, request: pb.SetAliasRequest, ctx: Context) -> pb.SetAliasResponse:
-        self._scopes.of(ctx, "SetAlias").check(SET_ALIAS, request.name)
-        version = await self._registry.set_alias(request.name, request.alias, request.version)
+        scope = self._scopes.of(ctx, "SetAlias")
+        scope.check(SET_ALIAS, request.name)
+        version = await self._registry.set_alias(request.name, request.alias, request.version, scope)
         return pb.SetAliasResponse(model=_version(version) if version else None)
 
     async def WatchModels(self, request: pb.WatchModelsRequest, ctx: Context) -> AsyncIterator[pb.WatchModelsResponse]:
@@ -126,14 +135,21 @@ class StoreRpc(ArtifactRpc):
                 async with watch.turn:
                     # Others go on between two watchers.
                     await asyncio.sleep(0)
-                    readable = tuple(each for each in versions if scope.allows(LIST_MODELS, each.name))
+                    each = self._registry.each(versions)
+                    readable = tuple([version async for version in each if scope.allows(LIST_MODELS, version.name)])
                     # A change of a model that the caller may not read is none for it.
-                    response = None if readable == shown else pb.WatchModelsResponse(snapshot=map(_version, readable))
+                    response = None if readable == shown else await self._snapshot(readable)
                 shown = readable
                 if response is not None:
                     yield response
                 # A watch keeps no message while nothing changes.
                 del response, versions
+
+    async def _snapshot(self, versions: Iterable[Version]) -> pb.WatchModelsResponse:
+        response = pb.WatchModelsResponse()
+        async for version in self._registry.each(versions):
+            response.snapshot.add().CopyFrom(_version(version))
+        return response
 
     async def RecordAudit(self, request: pb.RecordAuditRequest, ctx: Context) -> pb.RecordAuditResponse:
         return await audit_messages.record(self._audit.chain, request)
@@ -235,11 +251,6 @@ class StoreRpc(ArtifactRpc):
 
     async def ListUsage(self, request: pb.ListUsageRequest, ctx: Context) -> pb.ListUsageResponse:
         return await usage_of(self._quotas, request)
-
-
-def _readable(versions: Iterable[Version], scope: TenantScope) -> list[pb.ModelVersion]:
-    """Return the versions of the models that the caller may read."""
-    return [_version(version) for version in versions if scope.allows(LIST_MODELS, version.name)]
 
 
 def _draft(model: pb.ModelVersion) -> Draft:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +16,7 @@ from mesh.mongo import connect
 from mesh.rpc.access import Access
 from services.store.config import StoreConfig
 from services.store.documents import Collections
-from services.store.registry.model_code import has_code
+from services.store.registry.model_code import CONFIG_BYTES, Content, content_of
 from services.store.registry.model_rules import File
 from services.store.results.waiting import Waiters
 from shoal.access import tokens
@@ -53,6 +55,66 @@ class Served:
         for path, data in files.items():
             request.model.files.add(path=path.replace("__", "../").replace("_", "."), sha256=sha256(data))
         await self.stub.RegisterModel(request, **who)
+
+
+MIB = 1 << 20
+
+
+async def test_one_tenant_does_not_fill_the_registry(config: StoreConfig, tmp_path: Path) -> None:
+    signer = tokens.create_signer(tmp_path / "signer.json")
+    small = config.model_copy(update={"registry_bytes": MIB})
+    async with running_store(small, access=Access(policy(signer, grants=GRANTS))) as store:
+        served = Served(store, signer)
+        for who in (served.acme, served.globex):
+            await served.put(who, MODEL)
+        request = pb.RegisterModelRequest()
+        request.model.name = "acme-1"
+        for number in range(400):
+            request.model.files.add(path=f"{number}{'/' + 200 * 'x'}", sha256=sha256(MODEL))
+        # 0.12 MiB each; at once, too.
+        outcomes = await asyncio.gather(*(_registered(served, request, version) for version in range(1, 13)))
+        assert outcomes.count("") == 5
+        wrong = [outcome for outcome in outcomes if outcome]
+        assert all(each.startswith("RESOURCE_EXHAUSTED") and "twice what is free" in each for each in wrong)
+        await served.register(served.globex, "globex-1", model_onnx=MODEL)
+        # What is registered is no new version.
+        first = next(number for number, outcome in enumerate(outcomes, 1) if not outcome)
+        assert not await _registered(served, request, first)
+        await served.stub.RemoveModel(pb.RemoveModelRequest(name="acme-1", version=first), **served.acme)
+        assert not await _registered(served, request, 13)
+        assert len((await served.stub.ListModels(pb.ListModelsRequest(), **served.acme)).models) == 5
+
+
+async def _registered(served: Served, request: pb.RegisterModelRequest, version: int) -> str:
+    """Register a version of the tenant acme; return the error, or an empty text."""
+    numbered = pb.RegisterModelRequest()
+    numbered.CopyFrom(request)
+    numbered.model.version = version
+    try:
+        await served.stub.RegisterModel(numbered, **served.acme)
+    except grpc.aio.AioRpcError as err:
+        return f"{err.code().name}: {err.details()}"
+    return ""
+
+
+async def test_aliases_count_in_the_registry(config: StoreConfig, tmp_path: Path) -> None:
+    signer = tokens.create_signer(tmp_path / "signer.json")
+    small = config.model_copy(update={"registry_bytes": MIB})
+    async with running_store(small, access=Access(policy(signer, grants=GRANTS))) as store:
+        served = Served(store, signer)
+        await served.put(served.acme, MODEL)
+        await served.register(served.acme, "acme-1", model_onnx=MODEL)
+        async with connect(config.mongo) as client:
+            await client[config.database]["aliases"].insert_many(
+                {"_id": f"acme-1/{n}", "name": "acme-1", "alias": str(n), "version": 1, "tenant": "acme"}
+                for n in range(8_000)
+            )
+
+        def pointed(alias: str) -> pb.SetAliasRequest:
+            return pb.SetAliasRequest(name="acme-1", alias=alias, version=1)
+
+        await refused(served.stub.SetAlias(pointed("new"), **served.acme), S.RESOURCE_EXHAUSTED, "aliases")
+        await served.stub.SetAlias(pb.SetAliasRequest(name="acme-1", alias="a1", version=0), **served.acme)
 
 
 @pytest.fixture
@@ -209,6 +271,8 @@ CASES: Sequence[tuple[str, str | None, bool]] = [
     ("model.onnx", 'parameters { key: "session.x" value { string_value: "/etc/passwd" } }', True),
     ("model.onnx", 'parameters { key: "metadata.x" value { string_value: "${env:HOME}" } }', True),
     ("model.onnx", "no configuration {", True),
+    ("model.onnx", "no_such_field: 1", True),
+    ("model.onnx", "a{" * 1_000, True),
     ("model.onnx", "\udcff", True),
 ]
 
@@ -216,4 +280,19 @@ CASES: Sequence[tuple[str, str | None, bool]] = [
 @pytest.mark.parametrize(("path", "config", "expected"), CASES)
 def test_code_is_found(path: str, config: str | None, expected: bool) -> None:
     text = None if config is None else config.encode(errors="surrogateescape")
-    assert has_code([File(path, "", 0)], text) == expected
+    assert content_of([File(path, "", 0)], text).has_code == expected
+
+
+def test_the_models_that_an_ensemble_calls_are_found() -> None:
+    steps = "".join(f'step {{ model_name: "{name}" }} ' for name in ("b", "a", "b"))
+    config = f'platform: "ensemble" ensemble_scheduling {{ {steps} }}'.encode()
+    assert content_of([File("../config.pbtxt", "", 0)], config) == Content(has_code=False, called=("b", "a"))
+
+
+@pytest.mark.parametrize("part", ["a:1 ", "a{", "input{}", "\n", '"'])
+def test_a_long_configuration_is_judged_in_a_moment(part: str) -> None:
+    config = (part * (CONFIG_BYTES // len(part))).encode()
+    began = time.thread_time()
+    content_of([File("../config.pbtxt", "", 0)], config)
+    # Unknown fields in one line took seven minutes.
+    assert time.thread_time() - began < 20

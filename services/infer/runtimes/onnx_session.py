@@ -20,6 +20,7 @@ import numpy as np
 import onnxruntime
 
 from mesh.process.freed_memory import return_freed_memory
+from services.infer.error_text import quoted
 from services.infer.requests.signature import TensorSpec
 from services.infer.requests.tensors import Tensor
 from services.infer.runtimes import onnx_arena
@@ -184,7 +185,12 @@ def _array(value: Any) -> Tensor:
 
 _STATUS = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _NODE = re.compile(r"^Non-zero status code returned while running (\w+) node\. Name:'([^']*)' Status Message: ")
-_SOURCE = re.compile(r"/\S+\.(?:h|cc|cpp|hpp|cu|cuh):\d+ (?:[^()]*\([^()]*\) (?:const )?)?(?:\[[^\]]*\] )?")
+# Only from the begin of a word: a search from each slash of a name of 1 MB took half an hour.
+_SOURCE = re.compile(r"(?<![^\s:(])/\S+\.(?:h|cc|cpp|hpp|cu|cuh):\d+ (?:[^()]*\([^()]*\) (?:const )?)?(?:\[[^\]]*\] )?")
+
+
+# Names in a model are as long as its author likes; of a message, 1,000 characters are shown.
+_MOST_CHARACTERS, _SHOWN_CHARACTERS = 4_000, 1_000
 
 
 def plain(error: Exception, file: Path | None = None) -> str:
@@ -194,6 +200,6 @@ def plain(error: Exception, file: Path | None = None) -> str:
     if file is not None:
         message = message.replace(str(file), file.name).replace(str(file.parent), ".")
     node = _NODE.match(message)
-    message = _SOURCE.sub("", _NODE.sub("", message))
-    where = f" (node '{node[2] or node[1]}')" if node else ""
-    return " ".join(message.split())[:1000] + where
+    message = _SOURCE.sub("", _NODE.sub("", message)[:_MOST_CHARACTERS])
+    where = f" (node {quoted(node[2] or node[1])})" if node else ""
+    return " ".join(message.split())[:_SHOWN_CHARACTERS] + where

@@ -35,6 +35,7 @@ from services.infer.model_files.wanted_models import (
     picked,
     read_text,
 )
+from services.infer.offload import offload_if_long
 from services.infer.sources.cache import Cache
 from shoal.errors import FailedPrecondition, InvalidArgument, ShoalError, Unavailable
 from shoal.store.v1 import store_pb2 as pb
@@ -56,6 +57,7 @@ _FETCH_RETRY_S = 10.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _CONFIG_PATH = f"../{CONFIG_FILE}"
 _MAX_CONFIG_BYTES = 4 << 20
+_LONG_CHARACTERS = 4 << 10
 # Pruning checks every file of the cache, and a folder of models is pushed in hundreds of snapshots.
 _PRUNE_S = 60.0
 # Files of one version, as the store limits them.
@@ -220,7 +222,9 @@ class Registry:
         there = {n: WantedVersion(n, v.content_digest, self._opener(v)) for n, v in by_number.items()}
         is_certain = True
         try:
-            config = model_config.parse(await self._config_text(versions[-1]))
+            text = await self._config_text(versions[-1])
+            # 1 MiB takes two seconds.
+            config = await offload_if_long(partial(model_config.parse, text), len(text) > _LONG_CHARACTERS)
             served = model_config.served_versions(config, [*there], stable)
         except (ShoalError, OSError):
             # The load will fail for the same reason, and the index will show it.

@@ -7,6 +7,7 @@ or a library. What cannot be read counts as code.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from google.protobuf import text_format
 
@@ -23,34 +24,43 @@ _REACHING = ("/", "${")
 _ADDRESSES = ("gpu_external_", "user_compute_stream")
 
 
+@dataclass(frozen=True)
+class Content:
+    """Content of a version that decides who may register it."""
+
+    has_code: bool
+    """True: its registration needs the group `code`."""
+    called: tuple[str, ...] = ()
+    """Names of the models that it calls, as an ensemble."""
+
+
 def config_of(files: Sequence[File]) -> File | None:
     """Return the configuration among the files of a version."""
     return next((file for file in files if file.path == CONFIG_PATH), None)
 
 
-def has_code(files: Sequence[File], config: bytes | None) -> bool:
-    """Return True when a version with these files and this configuration needs the group `code`."""
-    if any(file.path.lower().endswith(_CODE_SUFFIXES) for file in files):
-        return True
+def content_of(files: Sequence[File], config: bytes | None) -> Content:
+    """Return the content of a version with these files and this configuration. A long one takes two seconds."""
+    has_code = any(file.path.lower().endswith(_CODE_SUFFIXES) for file in files)
     if config is None:
-        return False
+        return Content(has_code)
     if (parsed := _parsed(config)) is None:
-        return True
-    named = {name for name in (parsed.backend, parsed.platform, parsed.runtime) if name}
-    return not named <= _HARMLESS or any(_reaches(key, value) for key, value in _settings(parsed))
+        return Content(has_code=True)
+    called = dict.fromkeys(step.model_name for step in parsed.ensemble_scheduling.step)
+    return Content(has_code or _runs_code(parsed), tuple(called))
 
 
-def called(config: bytes) -> list[str]:
-    """Return the names of the models that an ensemble with this configuration calls."""
-    parsed = _parsed(config)
-    steps = () if parsed is None else parsed.ensemble_scheduling.step
-    return list(dict.fromkeys(step.model_name for step in steps))
+def _runs_code(config: ModelConfig) -> bool:
+    named = {name for name in (config.backend, config.platform, config.runtime) if name}
+    return not named <= _HARMLESS or any(_reaches(key, value) for key, value in _settings(config))
 
 
 def _parsed(config: bytes) -> ModelConfig | None:
+    """Return the configuration; None when it cannot be read, as by infer, which refuses unknown fields, too."""
+    # protobuf skips unknown fields in a time that is quadratic in the length of a line: minutes for 1 MiB.
     try:
-        return text_format.Parse(config.decode(), ModelConfig(), allow_unknown_field=True)
-    except (ValueError, text_format.ParseError):
+        return text_format.Parse(config.decode(), ModelConfig())
+    except (ValueError, text_format.ParseError, RecursionError):
         return None
 
 

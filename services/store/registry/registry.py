@@ -6,17 +6,24 @@ and the others get a conflict, in every instance.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar
 
+from bson import encode
 from pymongo import ASCENDING, DESCENDING
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError
 
+from mesh.h2.memory_account import leaves_room
 from mesh.mongo import Document, translated
+from mesh.process.pauses import Pauses
+from mesh.process.tasks import uninterrupted
 from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
+from mesh.rpc.tenant_turns import WAIT_S, TenantTurns
 from services.store.artifacts.artifacts import Artifacts
 from services.store.artifacts.digest import brief
 from services.store.documents import Collections, whole_milliseconds
@@ -25,13 +32,22 @@ from services.store.registry import model_rules as rules
 from services.store.registry.model_rules import File
 from services.store.transactions import transaction
 from shoal.access.rpc_groups import MODEL_INFER, REGISTER, REGISTER_WITH_CODE
-from shoal.errors import Aborted, AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from shoal.errors import Aborted, AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 
 T = TypeVar("T")
 
 # Each lost race means that another push of this model succeeded: as many pushes in a row would have to.
 _NUMBER_ATTEMPTS = 100
 _SORTED = [("name", ASCENDING), ("version", ASCENDING)]
+_BYTES_BY_TENANT: list[Document] = [
+    {"$group": {"_id": {"$ifNull": ["$tenant", ""]}, "bytes": {"$sum": {"$bsonSize": "$$ROOT"}}}}
+]
+LISTS_AT_ONCE = 4
+"""Lists of models that callers read at a time: each may have the whole registry."""
+# A document takes as long as four of its files. 400 of these take about a millisecond.
+_PAUSED_AFTER, _OF_A_VERSION = 400, 4
+# A batch of MongoDB is decoded at once: 200 small versions take 2 ms.
+_BATCH = 200
 
 
 @dataclass(frozen=True)
@@ -61,10 +77,20 @@ class Draft:
 class Registry:
     """Registers, lists and removes versions, and sets aliases. Safe beside other instances on the same MongoDB."""
 
-    def __init__(self, collections: Collections, artifacts: Artifacts, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self, collections: Collections, artifacts: Artifacts, clock: Callable[[], datetime], max_bytes: int
+    ) -> None:
+        """`max_bytes` bounds the versions and aliases of all models: each change sends all of them to each infer."""
         self._collections = collections
         self._artifacts = artifacts
         self._clock = clock
+        self._max_bytes = max_bytes
+        self._pauses = Pauses()
+        # One at a time: a thread of Python takes the processor from the event loop.
+        self._config_turns = TenantTurns(1, wait_s=WAIT_S)
+        # One at a time: between the count of what there is and an insert, no other may be made.
+        self._insert_turns = TenantTurns(1, wait_s=WAIT_S)
+        self.list_turns = TenantTurns(LISTS_AT_ONCE, leaves_room=True, wait_s=WAIT_S)
 
     async def register(self, drafts: Sequence[Draft], scope: TenantScope = EVERY_TENANT) -> list[tuple[Version, bool]]:
         """Register versions of one model, all or none, of artifacts that the scope sees.
@@ -79,12 +105,15 @@ class Registry:
             model that the caller may not call.
             NotFound: a file's artifact is not stored.
             AlreadyExists: one of the versions exists with other content.
+            ResourceExhausted: the registry is full, or its room is for others.
         """
         _check_together(drafts)
         scope.check(REGISTER, drafts[0].name)
         docs = [await self._document(draft, scope) for draft in drafts]
         with translated(f"registering model {drafts[0].name}"):
-            existing = await (self._insert(docs) if drafts[0].version else self._insert_next(docs[0]))
+            async with self._insert_turns.take(scope.tenant or ""):
+                insert = self._insert(docs) if drafts[0].version else self._insert_next(docs[0])
+                existing = await uninterrupted(insert)
             return [
                 (await self._with_aliases(old or new), old is not None) for old, new in zip(existing, docs, strict=True)
             ]
@@ -103,15 +132,22 @@ class Registry:
             "content_digest": rules.content_digest(stored),
             "created_at": whole_milliseconds(self._clock()),
             "labels": [{"key": key, "value": value} for key, value in labels.items()],
+            **_owner(scope),
         }
 
     async def versions(self, name: str) -> list[Version]:
         """Return every version of model `name`, or of every model when it is empty, sorted by name and version."""
         query = {"name": rules.check_name(name)} if name else {}
         with translated("listing models"):
-            docs = await self._collections.models.find(query).sort(_SORTED).to_list()
-            aliases = await self._collections.aliases.find(query).sort(_SORTED).to_list()
-        return _joined(docs, aliases)
+            docs = await self._collections.models.find(query).sort(_SORTED).batch_size(_BATCH).to_list()
+            aliases = await self._collections.aliases.find(query).sort(_SORTED).batch_size(_BATCH).to_list()
+        return await self._joined(docs, aliases)
+
+    def each(self, versions: Iterable[Version]) -> AsyncIterator[Version]:
+        """Yield versions, with pauses for other calls."""
+        return self._pauses.each(
+            versions, every=_PAUSED_AFTER, weight=lambda version: _OF_A_VERSION + len(version.files)
+        )
 
     async def remove(self, name: str, version: int) -> list[Version]:
         """Remove one version, or all when `version` is 0, with their aliases. Return the removed versions.
@@ -123,24 +159,24 @@ class Registry:
         rules.check_version(version)
         query: Document = {"name": name, "version": version} if version else {"name": name}
 
-        async def work(session: AsyncClientSession) -> list[Version]:
+        async def work(session: AsyncClientSession) -> tuple[list[Document], list[Document]]:
             models, aliases = self._collections.models, self._collections.aliases
-            docs = await models.find(query, session=session).sort(_SORTED).to_list()
-            pointing = await aliases.find(query, session=session).to_list()
+            docs = await models.find(query, session=session).sort(_SORTED).batch_size(_BATCH).to_list()
+            pointing = await aliases.find(query, session=session).batch_size(_BATCH).to_list()
             await models.delete_many({"_id": {"$in": [doc["_id"] for doc in docs]}}, session=session)
             await aliases.delete_many(query, session=session)
-            return _joined(docs, pointing)
+            return docs, pointing
 
-        removed = await self._in_transaction(f"removing model {name}", work)
-        if not removed:
+        docs, pointing = await self._in_transaction(f"removing model {name}", work)
+        if not docs:
             raise NotFound(f"model {name}" + (f" has no version {version}" if version else " is not registered"))
-        return removed
+        return await self._joined(docs, pointing)
 
-    async def set_alias(self, name: str, alias: str, version: int) -> Version | None:
+    async def set_alias(self, name: str, alias: str, version: int, scope: TenantScope = EVERY_TENANT) -> Version | None:
         """Point `alias` at a version and return that version; remove the alias when `version` is 0.
 
         Raises:
-            NotFound: no such version.
+            NotFound: no such version. ResourceExhausted: the registry is full, or its room is for others.
         """
         rules.check_name(name)
         rules.check_alias(alias)
@@ -149,7 +185,7 @@ class Registry:
             with translated(f"removing alias {alias} of model {name}"):
                 await self._collections.aliases.delete_one({"_id": f"{name}/{alias}"})
             return None
-        pointer: Document = {"name": name, "alias": alias, "version": version}
+        pointer: Document = {"name": name, "alias": alias, "version": version, **_owner(scope)}
 
         async def work(session: AsyncClientSession) -> Document | None:
             # The write to the version conflicts with a concurrent removal: no alias can dangle.
@@ -157,10 +193,14 @@ class Registry:
             doc = await self._collections.models.find_one_and_update(_key(name, version), touched, session=session)
             if doc is not None:
                 key = {"_id": f"{name}/{alias}"}
+                if await self._collections.aliases.find_one(key, session=session) is None:
+                    await self._check_room(scope.tenant or "", [{**key, **pointer}])
                 await self._collections.aliases.replace_one(key, pointer, upsert=True, session=session)
             return doc
 
-        doc = await self._in_transaction(f"pointing alias {alias} of model {name}", work)
+        with translated(f"pointing alias {alias} of model {name}"):
+            async with self._insert_turns.take(scope.tenant or ""):
+                doc = await uninterrupted(transaction(self._collections, work))
         if doc is None:
             raise NotFound(f"model {name} has no version {version}")
         with translated(f"reading the aliases of model {name}"):
@@ -177,10 +217,12 @@ class Registry:
         if config is not None and is_readable:
             _, chunks = await self._artifacts.reader.read(config.sha256, 0)
             content = b"".join([chunk async for chunk in chunks])
-        if not is_readable or model_code.has_code(files, content):
+        async with self._config_turns.take(scope.tenant or ""):
+            found = await uninterrupted(asyncio.to_thread(model_code.content_of, files, content))
+        if not is_readable or found.has_code:
             scope.check(REGISTER_WITH_CODE, name)
         # A grant for an ensemble covers the models that it calls.
-        for called in model_code.called(content or b""):
+        for called in found.called:
             scope.check(MODEL_INFER, called)
 
     async def _stored(self, files: tuple[File, ...], scope: TenantScope) -> tuple[File, ...]:
@@ -206,6 +248,7 @@ class Registry:
                 if doc["_id"] in existing and existing[doc["_id"]]["content_digest"] != doc["content_digest"]:
                     raise _taken(name, doc["version"])
             new = [doc for doc in docs if doc["_id"] not in existing]
+            await self._check_room(new[0].get("tenant", "") if new else "", new)
             digests = {file["sha256"] for doc in new for file in doc["files"]}
             # The write to the artifacts conflicts with a concurrent collection of one of them.
             if new and not await self._artifacts.touch(digests, session):
@@ -238,6 +281,29 @@ class Registry:
                 # Another push took the number between our read and our write.
                 continue
         raise _overtaken(doc["name"])
+
+    async def _check_room(self, tenant: str, new: Sequence[Document]) -> None:
+        """Check that versions or aliases of `tenant` (empty: of none) fit. Raises ResourceExhausted."""
+        if not new:
+            return
+        held: Counter[str] = Counter()
+        for collection in (self._collections.models, self._collections.aliases):
+            async for of_tenant in await collection.aggregate(_BYTES_BY_TENANT):
+                held[of_tenant["_id"]] += of_tenant["bytes"]
+        size, free = sum(len(encode(doc)) for doc in new), self._max_bytes - held.total()
+        if size > free or (tenant and not leaves_room(held[tenant], size, free)):
+            whose = f"{held[tenant]} of them are of this tenant, which may hold twice what is free; " if tenant else ""
+            raise ResourceExhausted(
+                f"the registry holds {held.total()} of {self._max_bytes} bytes (SHOAL_STORE_REGISTRY_BYTES); {whose}"
+                f"the push needs {size}: remove versions or aliases, or push fewer files"
+            )
+
+    async def _joined(self, docs: Sequence[Document], aliases: Sequence[Document]) -> list[Version]:
+        pointing: dict[tuple[str, int], list[str]] = {}
+        for alias in aliases:
+            pointing.setdefault((alias["name"], alias["version"]), []).append(alias["alias"])
+        each = self._pauses.each(docs, every=_PAUSED_AFTER, weight=lambda doc: _OF_A_VERSION + len(doc["files"]))
+        return [_version(doc, pointing.get((doc["name"], doc["version"]), [])) async for doc in each]
 
     async def _with_aliases(self, doc: Document) -> Version:
         query = {"name": doc["name"], "version": doc["version"]}
@@ -272,15 +338,13 @@ def _overtaken(name: str) -> Aborted:
     return Aborted(f"model {name}: {_NUMBER_ATTEMPTS} other pushes came first: try again")
 
 
+def _owner(scope: TenantScope) -> Document:
+    """Return the field of the tenant whose share of the registry a document takes; none for callers without one."""
+    return {"tenant": scope.tenant} if scope.tenant else {}
+
+
 def _key(name: str, version: int) -> Document:
     return {"_id": f"{name}/{version}"}
-
-
-def _joined(docs: list[Document], aliases: list[Document]) -> list[Version]:
-    pointing: dict[tuple[str, int], list[str]] = {}
-    for alias in aliases:
-        pointing.setdefault((alias["name"], alias["version"]), []).append(alias["alias"])
-    return [_version(doc, pointing.get((doc["name"], doc["version"]), [])) for doc in docs]
 
 
 def _version(doc: Document, aliases: list[str]) -> Version:

@@ -101,7 +101,7 @@ def make_parts(database: AsyncDatabase[Document], folder: Path, threads: Threads
         blobs,
         folder,
         artifacts,
-        Registry(collections, artifacts, clock),
+        Registry(collections, artifacts, clock, 8 << 20),
         References(collections, artifacts, clock),
         responses,
         Collector(collections, blobs, clock),

@@ -162,7 +162,7 @@ class World:
             parts.collections, parts.blobs, staging, self._threads, max_bytes=1 << 20, clock=clock, kept_for=NO_TIME
         )
         parts.collector = Collector(parts.collections, parts.blobs, clock, NO_AGES)
-        parts.registry = Registry(parts.collections, parts.artifacts, clock)
+        parts.registry = Registry(parts.collections, parts.artifacts, clock, 8 << 20)
         parts.references = References(parts.collections, parts.artifacts, clock)
         return parts
 
