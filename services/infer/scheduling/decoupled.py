@@ -1,10 +1,12 @@
 """Scheduler of decoupled models: each request runs alone, gives any number of responses, and is paced by its caller.
 
-    stream ──> admission (bounded, first come first served) ──> link of an instance ──responses──> caller
-                                                                      ^──credit, cancel──┘
+    stream ──> admission (bounded, tenants take turns) ──> link of an instance ──responses──> caller
+                                                                 ^──credit, cancel──┘
 
 A response costs credit, which is returned when the caller reads it: a model that is faster than its caller is paused.
 A request begins with little credit, since nothing is known about the size of its responses.
+A tenant that holds fewer places is next, and one with a name leaves a ninth of the places to others: its requests
+may last for as long as their callers want.
 When a caller leaves, its request is cancelled in the model; the slot is free once the model has ended the request.
 """
 
@@ -13,7 +15,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -29,6 +32,7 @@ from services.infer.requests.request import InferenceRequest
 from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed
 from services.infer.scheduling.queue import QueueLimits
+from services.infer.scheduling.senders import Senders
 from services.infer.scheduling.statistics import Shed, Statistics
 from shoal.errors import DeadlineExceeded, Internal, ResourceExhausted, ShoalError, Unavailable
 
@@ -39,6 +43,9 @@ CREDIT = 16
 _FIRST_CREDIT, _IN_FLIGHT_BYTES = 2, 2 << 20
 
 _RETRY_MS = 100
+
+# A tenant with a name may hold so many times the places that are free.
+_FREE_FACTOR = 8
 
 # Time for a request to end after its caller left. Then its process is killed, unless it serves other requests.
 _CANCEL_GRACE_S = 30.0
@@ -61,6 +68,7 @@ class _ActiveStream:
 
     link: DecoupledStreams
     request: InferenceRequest
+    tenant: str
     run: ModelRun
     # Bounded by the credit.
     events: asyncio.Queue[Message | ShoalError] = field(default_factory=asyncio.Queue)
@@ -77,6 +85,9 @@ class _Waiter:
     request: InferenceRequest
     outer: OuterCall
     admitted: asyncio.Future[_ActiveStream]
+    sender: tuple[str, Hashable] = ("", None)
+    """Tenant of the request and sender of its call."""
+    is_waiting: bool = True
 
 
 class DecoupledScheduler:
@@ -98,9 +109,7 @@ class DecoupledScheduler:
         self._session, self._limits = session, limits
         self._default_timeout_s = default_timeout_s
         self._statistics, self._clock = statistics, clock
-        # In order of arrival.
-        self._waiting: dict[_Waiter, None] = {}
-        self._waiting_bytes = 0
+        self._waiting: Senders[_Waiter] = Senders({})
         self._streams: set[_ActiveStream] = set()
         self._is_closing = False
 
@@ -184,15 +193,16 @@ class DecoupledScheduler:
             self._statistics.expired += 1
             raise self._expired_error()
         self._session.check_running()
-        if not self._waiting and (link := self._free_link()) is not None:
+        # Those that wait find no place now: all are taken, or left to others.
+        tenant = outer.tenant
+        if tenant not in self._waiting and (link := self._free_link()) and self._may_hold(tenant, self._held()[tenant]):
             return self._occupy(link, request, outer)
         return await self._wait_for_slot(request, outer, expires - now)
 
     async def _wait_for_slot(self, request: InferenceRequest, outer: OuterCall, at_most_s: float) -> _ActiveStream:
-        self._check_capacity(request)
+        self._make_room(request, outer.tenant)
         waiter = _Waiter(request, outer, self._loop.create_future())
-        self._waiting[waiter] = None
-        self._waiting_bytes += request.size_bytes
+        self._waiting.add(waiter, outer.tenant)
         timer = self._loop.call_later(at_most_s, self._expire, waiter) if at_most_s != math.inf else None
         try:
             return await waiter.admitted
@@ -209,27 +219,32 @@ class DecoupledScheduler:
 
     def _remove(self, waiter: _Waiter) -> None:
         """Remove a request from the waiting ones, if it is one."""
-        if waiter in self._waiting:
-            del self._waiting[waiter]
-            self._waiting_bytes -= waiter.request.size_bytes
+        if waiter.is_waiting:
+            waiter.is_waiting = False
+            self._waiting.remove(waiter)
 
-    def _pop_first(self) -> _Waiter:
-        waiter = next(iter(self._waiting))
+    def _make_room(self, request: InferenceRequest, tenant: str) -> None:
+        """Evict requests of another sender when the queue is full. Raises ResourceExhausted when none has more."""
+        waiting, limits = self._waiting, self._limits
+        excess_bytes = waiting.size_bytes + request.size_bytes - limits.size_bytes if waiting.count else 0
+        if waiting.count < limits.calls and excess_bytes <= 0:
+            return
+        error = ResourceExhausted(
+            f"Exceeds maximum queue size of model '{self._name}': {waiting.count} requests with {waiting.size_bytes} "
+            f"bytes wait, at most {limits.calls} and {limits.size_bytes} may; retry after {_RETRY_MS} ms",
+            retry_after_ms=_RETRY_MS,
+        )
+        victims = waiting.victims(request, tenant, calls=waiting.count + 1 - limits.calls, size_bytes=excess_bytes)
+        self._statistics.shed_by[Shed.QUEUE_FULL] += len(victims) or 1
+        if not victims:
+            raise error
+        for waiter in victims:
+            self._reject(waiter, error)
+
+    def _reject(self, waiter: _Waiter, error: ShoalError) -> None:
         self._remove(waiter)
-        return waiter
-
-    def _check_capacity(self, request: InferenceRequest) -> None:
-        waiting = self._waiting_bytes
-        if len(self._waiting) >= self._limits.calls or (
-            self._waiting and waiting + request.size_bytes > self._limits.size_bytes
-        ):
-            self._statistics.shed_by[Shed.QUEUE_FULL] += 1
-            raise ResourceExhausted(
-                f"Exceeds maximum queue size of model '{self._name}': {len(self._waiting)} requests with {waiting} "
-                f"bytes wait, at most {self._limits.calls} and {self._limits.size_bytes} may; "
-                f"retry after {_RETRY_MS} ms",
-                retry_after_ms=_RETRY_MS,
-            )
+        if not waiter.admitted.done():
+            waiter.admitted.set_exception(type(error)(error.message, retry_after_ms=error.retry_after_ms))
 
     def _expire(self, waiter: _Waiter) -> None:
         if not waiter.admitted.done():
@@ -252,28 +267,48 @@ class DecoupledScheduler:
         free = min(in_flight, key=lambda link: in_flight[link], default=None)
         return free if free is not None and in_flight[free] < self._session.limits.streams else None
 
+    def _may_hold(self, tenant: str, held: int) -> bool:
+        """Return True when a tenant that holds `held` places may take a free one, and leaves enough to others."""
+        free = len(self._session.streams()) * self._session.limits.streams - len(self._streams)
+        return not tenant or not held or held + 1 <= _FREE_FACTOR * (free - 1)
+
+    def _held(self) -> Counter[Hashable]:
+        """Return the places that are held, by tenant, and by tenant and sender."""
+        held: Counter[Hashable] = Counter()
+        for stream in self._streams:
+            held[stream.tenant] += 1
+            held[stream.tenant, stream.request.memory.sender] += 1
+        return held
+
     def _occupy(self, link: DecoupledStreams, request: InferenceRequest, outer: OuterCall) -> _ActiveStream:
-        stream = _ActiveStream(link, request, ModelRun(self._session, lambda: outer))
+        stream = _ActiveStream(link, request, outer.tenant, ModelRun(self._session, lambda: outer))
         self._streams.add(stream)
         return stream
 
     def _admit_waiting(self) -> None:
         """Assign free slots to waiting requests."""
-        while self._waiting and (link := self._free_link()) is not None:
-            waiter = self._pop_first()
+        while self._waiting.count and (link := self._free_link()) is not None:
+            waiter = self._next_waiter()
+            if waiter is None:
+                break
             if not waiter.admitted.done():
                 waiter.admitted.set_result(self._occupy(link, waiter.request, waiter.outer))
-        if self._waiting and not self._session.streams():
+        if self._waiting.count and not self._session.streams():
             try:
                 self._session.check_running()
             except ShoalError as err:
                 self._reject_waiting(err)
 
+    def _next_waiter(self) -> _Waiter | None:
+        held = self._held()
+        waiter = self._waiting.pop_next(held, lambda tenant: self._may_hold(tenant, held[tenant]))
+        if waiter is not None:
+            waiter.is_waiting = False
+        return waiter
+
     def _reject_waiting(self, error: ShoalError) -> None:
-        while self._waiting:
-            waiter = self._pop_first()
-            if not waiter.admitted.done():
-                waiter.admitted.set_exception(type(error)(error.message, retry_after_ms=error.retry_after_ms))
+        for waiter in self._waiting.items():
+            self._reject(waiter, error)
 
     def _start(self, stream: _ActiveStream, deadline: float) -> None:
         request, session = stream.request, self._session

@@ -5,7 +5,8 @@ For the steps of sequences that wait, the requests to a decoupled model that wai
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -39,20 +40,55 @@ class Senders(Generic[T]):
     def __init__(self, weights: Mapping[str, float]) -> None:
         """`weights`: shares by tenant; 1 for tenants without an entry."""
         self._weights = weights
-        self._loads: dict[tuple[str, Hashable], _Load[T]] = {}
+        # By tenant and sender, each in the order of their next turns.
+        self._loads: dict[str, dict[Hashable, _Load[T]]] = {}
+        self.count = 0
+        self.size_bytes = 0
+
+    def __contains__(self, tenant: str) -> bool:
+        return tenant in self._loads
+
+    def items(self) -> list[T]:
+        return [item for senders in self._loads.values() for load in senders.values() for item in load.items]
 
     def add(self, item: T, tenant: str) -> None:
-        item.sender = tenant, item.request.memory.sender
-        load = self._loads.setdefault(item.sender, _Load())
+        sender = item.request.memory.sender
+        item.sender = tenant, sender
+        load = self._loads.setdefault(tenant, {}).setdefault(sender, _Load())
         load.items[item] = None
         load.size_bytes += item.request.size_bytes
+        self.count += 1
+        self.size_bytes += item.request.size_bytes
 
     def remove(self, item: T) -> None:
-        load = self._loads[item.sender]
+        tenant, sender = item.sender
+        load = self._loads[tenant][sender]
         del load.items[item]
         load.size_bytes -= item.request.size_bytes
+        self.count -= 1
+        self.size_bytes -= item.request.size_bytes
         if not load.items:
-            del self._loads[item.sender]
+            del self._loads[tenant][sender]
+            if not self._loads[tenant]:
+                del self._loads[tenant]
+
+    def pop_next(self, held: Counter[Hashable], may_hold: Callable[[str], bool]) -> T | None:
+        """Remove and return the next item in turn; None when no tenant may have one.
+
+        Args:
+            held: places of tenants, and of senders by tenant and sender. Who holds the fewest is next.
+            may_hold: returns True for a tenant that may have one place more.
+        """
+        tenant = min(filter(may_hold, self._loads), key=lambda name: held[name] / self._weight(name), default=None)
+        if tenant is None:
+            return None
+        sender = min(self._loads[tenant], key=lambda each: held[tenant, each])
+        item = next(iter(self._loads[tenant][sender].items))
+        # The others are next.
+        self._loads[tenant] = senders = self._loads.pop(tenant)
+        senders[sender] = senders.pop(sender)
+        self.remove(item)
+        return item
 
     def victims(self, request: InferenceRequest, tenant: str, *, calls: int, size_bytes: int) -> list[T]:
         """Return those that give way to `request`: `calls` of them, with `size_bytes`. None: it is rejected itself.
@@ -60,7 +96,11 @@ class Senders(Generic[T]):
         All are of one sender. It is of the tenant with the most, or of the request's own tenant when none has more.
         """
         in_bytes = size_bytes > 0
-        by_sender = {sender: load.size_bytes if in_bytes else len(load.items) for sender, load in self._loads.items()}
+        by_sender = {
+            (name, sender): load.size_bytes if in_bytes else len(load.items)
+            for name, senders in self._loads.items()
+            for sender, load in senders.items()
+        }
         by_tenant: dict[str, float] = {}
         for (name, _), units in by_sender.items():
             by_tenant[name] = by_tenant.get(name, 0.0) + units / self._weight(name)
@@ -77,7 +117,7 @@ class Senders(Generic[T]):
         else:
             spare = (by_tenant[heaviest] - after) * self._weight(heaviest)
         victims: list[T] = []
-        for item in reversed(self._loads[sender].items):
+        for item in reversed(self._loads[sender[0]][sender[1]].items):
             # Only while the sender holds more: else two would evict each other for ever.
             if spare <= 0 or (calls <= 0 and size_bytes <= 0):
                 break

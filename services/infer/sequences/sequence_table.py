@@ -11,6 +11,7 @@ nothing, and the steps behind it are rejected: no step ever finds another state 
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections.abc import Collection, Hashable, Iterator, Mapping
 
@@ -62,7 +63,9 @@ class SequenceTable:
         self._memory = memory or TenantShares(MemoryAccount(STATE_BYTES))
         # By owner and id: a tenant that uses the id of another's sequence has one of its own.
         self._known: dict[tuple[str, SequenceId], Sequence] = {}
-        self._backlog: dict[Sequence, None] = {}
+        # By tenant, because a free slot is given for each of thousands that wait: the sequences, with their order.
+        self._backlog: dict[str, dict[Sequence, int]] = {}
+        self._numbers = itertools.count()
         # In order of time, since all sequences may be idle for equally long.
         self._idle: dict[Sequence, float] = {}
         self._held_by_tenant: dict[str, int] = {}
@@ -95,7 +98,7 @@ class SequenceTable:
         if step.expires != math.inf:
             self._expiry.add(step.expires, step)
         if sequence.position is None:
-            self._backlog.setdefault(sequence)
+            self._queue(sequence)
             self._assign_slots()
         else:
             self._update_ready(sequence)
@@ -248,10 +251,10 @@ class SequenceTable:
             sequence.waiting.popleft()
         self._free_slot(sequence)
         if sequence.waiting:
-            # Behind the others, since it has just held a slot.
-            self._backlog[sequence] = None
+            # Behind the others, since it has just held a slot; one that waited keeps its place.
+            self._queue(sequence)
         else:
-            self._backlog.pop(sequence, None)
+            self._unqueue(sequence)
             del self._known[sequence.owner, sequence.id]
         self._assign_slots()
 
@@ -296,13 +299,26 @@ class SequenceTable:
             if not self._free_slots[instance]:
                 return
             # Among equals, the first has waited longest.
-            sequence = min(self._backlog, key=self._tenant_load)
-            del self._backlog[sequence]
+            tenant = min(self._backlog, key=lambda name: (self._load(name), next(iter(self._backlog[name].values()))))
+            sequence = next(iter(self._backlog[tenant]))
+            self._unqueue(sequence)
             sequence.position = SequenceSlot(instance, heapq.heappop(self._free_slots[instance]))
             self.assigned[instance][sequence] = None
             self._update_ready(sequence)
             self._held_by_tenant[sequence.tenant] = self._held_by_tenant.get(sequence.tenant, 0) + 1
 
-    def _tenant_load(self, sequence: Sequence) -> float:
-        """Return the load of the sequence's tenant if it got a slot, by its weight; the least goes first."""
-        return (self._held_by_tenant.get(sequence.tenant, 0) + 1) / self._weights.get(sequence.tenant, 1.0)
+    def _queue(self, sequence: Sequence) -> None:
+        """Add a sequence to the backlog; one that is there keeps its place."""
+        backlog = self._backlog.setdefault(sequence.tenant, {})
+        if sequence not in backlog:
+            backlog[sequence] = next(self._numbers)
+
+    def _unqueue(self, sequence: Sequence) -> None:
+        """Remove a sequence from the backlog, if it is there."""
+        backlog = self._backlog.get(sequence.tenant, {})
+        if backlog.pop(sequence, None) is not None and not backlog:
+            del self._backlog[sequence.tenant]
+
+    def _load(self, tenant: str) -> float:
+        """Return the load of a tenant if it got a slot, by its weight; the least goes first."""
+        return (self._held_by_tenant.get(tenant, 0) + 1) / self._weights.get(tenant, 1.0)

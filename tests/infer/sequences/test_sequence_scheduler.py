@@ -14,6 +14,7 @@ from services.infer.requests.request import InferenceRequest
 from services.infer.requests.request_memory import Uncounted
 from services.infer.scheduling.output_sizes import OutputSizes
 from services.infer.scheduling.queue import QueueLimits
+from services.infer.sequences.sequence_table import SequenceTable
 from services.infer.sequences.step import Sequence, SequenceStep
 from shoal.errors import DeadlineExceeded, Internal, InvalidArgument, ResourceExhausted
 from tests.infer.scheduling.virtual_time import run
@@ -475,5 +476,27 @@ def test_an_execution_looks_only_at_sequences_with_a_step(monkeypatch):
             assert await asyncio.gather(*(bench.total(step(n)) for n in (7, 2999, 40))) == [2, 2, 2]
             assert [ran.id for ran in bench.log[runs:]] == [7, 2999, 40]
             assert looks < 20
+
+    run(scene())
+
+
+def test_a_slot_is_given_without_a_look_at_all_sequences_that_wait(monkeypatch):
+    """Thousands wait, and thousands of slots may be free at once."""
+    looks = 0
+    plain = SequenceTable._load
+
+    def counted(table: SequenceTable, tenant: str) -> float:
+        nonlocal looks
+        looks += 1
+        return plain(table, tenant)
+
+    async def scene() -> None:
+        bench = Bench(settings(direct=False, slots=500, rows=500, idle_s=1.0), limits=QueueLimits(calls=1000))
+        async with bench.scheduler:
+            await asyncio.gather(*(bench.total(step(n, start=True), tenant="flood") for n in range(1, 501)))
+            monkeypatch.setattr(SequenceTable, "_load", counted)
+            waiting = [bench.total(step(n, start=True, end=True), tenant="flood") for n in range(1001, 2000)]
+            assert await asyncio.gather(*waiting, bench.total(step(1, start=True, end=True), tenant="other"))
+            assert looks <= 2 * 1000 + 2
 
     run(scene())

@@ -259,7 +259,7 @@ async def test_requests_beyond_max_streams_are_queued(repo, serve, most):
     patient = each(serving.core, count(1))
     waiting = asyncio.ensure_future(anext(patient))
     scheduler = serving.models.find("count", "").decoupled
-    await until(lambda: len(scheduler._waiting) == 1)
+    await until(lambda: scheduler._waiting.count == 1)
     late = each(serving.core, count(1), asyncio.get_running_loop().time() + 0.05)
     with pytest.raises(DeadlineExceeded):
         await anext(late)
@@ -267,6 +267,23 @@ async def test_requests_beyond_max_streams_are_queued(repo, serve, most):
     assert output(await waiting, "i").tolist() == [0]
     for responses in (patient, *held):
         await responses.aclose()
+
+
+async def test_long_streams_of_one_tenant_leave_places_to_others(repo, serve):
+    config = COUNT_CONFIG + 'parameters { key: "max_streams" value { string_value: "4" } }'
+    repo.python("count", COUNT, config)
+    serving = await serve()
+    scheduler = serving.models.find("count", "").decoupled
+    streams = [serving.core.responses(count(500), tenant="flood") for _ in range(6)]
+    flood = [asyncio.ensure_future(anext(stream)) for stream in streams]
+    await until(lambda: sum(task.done() for task in flood) == 3 and scheduler._waiting.count == 3)
+    async with asyncio.timeout(20), aclosing(serving.core.responses(count(1), tenant="other")) as responses:
+        assert output(await anext(responses), "i").tolist() == [0]
+    for task in flood:
+        task.cancel()
+    await asyncio.gather(*flood, return_exceptions=True)
+    for stream in streams:
+        await stream.aclose()
 
 
 async def test_a_response_that_contradicts_the_declaration_is_an_error(repo, serve):
