@@ -109,6 +109,10 @@ class ModelRoutes:
     parameters: str = ""
     """Field of a step's message that holds the parameters. `descriptors` must declare the field as repeated bytes, one
     map entry with a string key each. The entry with the key `sequence_id` names the sequence."""
+    parameters_number: int = 0
+    """Number of that field."""
+    model_number: int = 0
+    """Number of the fields that name the model."""
 
 
 @dataclass(frozen=True)

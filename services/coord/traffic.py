@@ -166,6 +166,8 @@ def table() -> RouteTable:
             steps=tuple(f"{INFER.full_name}.{method}" for method in _STEPS),
             streams=(f"{INFER.full_name}.ModelStreamInfer",),
             parameters=_PARAMETERS,
+            parameters_number=_number("ModelInfer", _PARAMETERS),
+            model_number=_number(*next(iter(_MODEL_FIELDS.items()))),
         ),
         # After the death of one replica, a delayed health check of the other must not fail the calls of operators.
         tried_unhealthy=frozenset({"coord"}),
@@ -178,6 +180,12 @@ def table() -> RouteTable:
             *(RestRoutes((path,), PUBLIC[path.rpc.split("/")[1]]) for path in STREAM_PATHS),
         ),
     )
+
+
+def _number(method: str, field: str) -> int:
+    """Return the number of a field of a method's request."""
+    number: int = INFER.methods_by_name[method].input_type.fields_by_name[field].number
+    return number
 
 
 def _json_routes(services: Sequence[ServiceDescriptor]) -> JsonRoutes:

@@ -24,6 +24,11 @@ from tests.mesh.xds.test_xds_envoy import Mesh, request, told
 pytestmark = [pytest.mark.envoy, pytest.mark.asyncio(loop_scope="module")]
 
 HEAP = 192 << 20
+BROKEN = "the request is not a message of the expected type: it has a field of an unknown kind"
+TOO_MANY = (
+    "the request has more than 1024 parameters, 4194304 bytes in them and the model's name, or 100000 fields: "
+    "send less at a time"
+)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -102,6 +107,93 @@ async def test_half_a_message_ends_and_a_slow_call_and_an_idle_stream_do_not(mes
     await idle.write(request("a"))
     assert told((await idle.read()).infer_response, "header") == "a"
     idle.cancel()
+
+
+# Fields of a ModelInferRequest: the model, a parameter without a name or value, and others of each form.
+MODEL, PARAMETER = b"\x0a\x05steps", b"\x22\x00"
+OTHERS = b"".join(
+    (
+        b"\x1a\x03abc",  # The id.
+        b"\x3a\xac\x02" + b"\x22" * 300,  # A tensor whose bytes look like parameters.
+        b"\xf8\x7f\xac\x02",  # Unknown: a number, 8 bytes, 4 bytes, bytes, a group with a number.
+        b"\xf9\x7f" + b"\x22" * 8,
+        b"\xfd\x7f" + b"\x22" * 4,
+        b"\xfa\x7f\x02\x22\x22",
+        b"\xfb\x7f\x08\x01\xfc\x7f",
+    )
+)
+
+
+@pytest.mark.parametrize("path", [INFER, STREAM])
+@pytest.mark.parametrize("size", [1, 3, 1_000, 1 << 20])
+async def test_a_message_has_limits_of_parameters_and_fields_however_it_arrives(mesh: Mesh, path: str, size: int):
+    def call(message: bytes) -> Answer:
+        body = framed(message)
+        with Connection(mesh.envoy.gateway) as connection:
+            return connection.call((body[at : at + size] for at in range(0, len(body), size)), path)
+
+    for more in (b"", OTHERS * 3):
+        answer = await asyncio.to_thread(call, MODEL + more + PARAMETER * 1_023 + more + PARAMETER + OTHERS)
+        assert (answer.status, b"infer-1" in answer.data) == (0, True), answer.message
+        answer = await asyncio.to_thread(call, MODEL + more + PARAMETER * 1_023 + more + PARAMETER * 2 + OTHERS)
+        assert (answer.status, answer.message) == (3, TOO_MANY)
+    if size >= 1_000:
+        answer = await asyncio.to_thread(call, MODEL + b"\x1a\x00" * 99_999)
+        assert (answer.status, b"infer-1" in answer.data) == (0, True), answer.message
+        answer = await asyncio.to_thread(call, MODEL + b"\x1a\x00" * 100_000)
+        assert (answer.status, answer.message) == (3, TOO_MANY)
+
+
+async def test_what_is_extracted_of_a_message_has_a_limit(mesh: Mesh):
+    limit = 4 << 20
+    # The model takes 7 bytes of it, and the rest of the parameter 21.
+    told(await mesh.infer("steps", more="x" * (limit - 28)), "replica")
+    calls = [mesh.infer("steps", more="x" * (limit - 27)), mesh.infer("x" * limit)]
+    calls.append(mesh.infer("steps", a="x" * (limit // 2), b="x" * (limit // 2)))
+    for call in calls:
+        with pytest.raises(grpc.aio.AioRpcError, match=TOO_MANY):
+            await call
+    # Of each tensor, Envoy only passes the bytes on.
+    assert told(await mesh.infer("steps", size=limit + 1), "replica") == "infer-1"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"\x00",
+        b"\x0b\x00",  # A group with it.
+        b"\x0e",
+        b"\x0f",
+        b"\x82\x80\x80\x80\x10\x00",  # A tag, a length and a number of too many bits or bytes.
+        b"\xa2\x80\x80\x80\x90\x00\x00",
+        b"\x1a\x80\x80\x80\x80\x10",
+        b"\x1a\x80\x80\x80\x80\x08",
+        b"\x18" + b"\xff" * 11,
+        b"\xff" * 11,
+    ],
+    ids=bytes.hex,
+)
+async def test_what_is_no_field_hides_no_fields(mesh: Mesh, bad: bytes):
+    """The extraction reads on after it, or takes other bytes for it."""
+
+    def call() -> Answer:
+        with Connection(mesh.envoy.gateway) as connection:
+            return connection.call(framed(MODEL + bad + PARAMETER * 2_000))
+
+    answer = await asyncio.to_thread(call)
+    assert (answer.status, answer.message) == (3, BROKEN)
+
+
+async def test_a_message_with_millions_of_parameters_takes_nothing_from_other_callers(mesh: Mesh):
+    """It took the whole heap, and each call was refused."""
+
+    def flood() -> Answer:
+        with Connection(mesh.envoy.gateway) as connection:
+            return connection.call(framed(MODEL + PARAMETER * (2 << 20)))
+
+    answer = await asyncio.to_thread(flood)
+    assert (answer.status, answer.message) == (3, TOO_MANY)
+    assert told(await mesh.infer("steps"), "replica") == "infer-1"
 
 
 async def test_headers_beyond_the_limits_cost_their_own_call_only(mesh: Mesh):

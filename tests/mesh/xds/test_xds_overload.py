@@ -68,12 +68,16 @@ async def client(mesh: Mesh, window: int = frames.LARGEST_WINDOW) -> AsyncIterat
         made.writer.close()
 
 
+# Begin of a tensor of 100 MiB.
+LARGE = b"\x3a\x80\x80\x80\x32"
+
+
 async def half_of_large_messages(mesh: Mesh, stack: AsyncExitStack) -> None:
     """Hold bodies of 10 MiB that are not whole."""
     peer = await stack.enter_async_context(client(mesh))
     for _ in range(8):
         number = peer.open(INFER)
-        peer.data(number, framed(bytes(100 * MIB))[:MIB], is_end=False)
+        peer.data(number, framed(LARGE + bytes(100 * MIB))[:MIB], is_end=False)
         for sent in range(MIB, 10 * MIB, MIB // 2):
             # The stream's window is 1 MiB.
             while credit(peer, number) < sent - MIB // 2 and not is_ended(peer, number):
@@ -84,7 +88,7 @@ async def half_of_large_messages(mesh: Mesh, stack: AsyncExitStack) -> None:
 
 async def half_of_many_messages(mesh: Mesh, stack: AsyncExitStack) -> None:
     """Hold many bodies of 60 KiB that are not whole."""
-    body = framed(bytes(100_000))[: 60 << 10]
+    body = framed(LARGE + bytes(100_000))[: 60 << 10]
     for _ in range(2):
         peer = await stack.enter_async_context(client(mesh))
         sent = 0
