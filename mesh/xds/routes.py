@@ -59,6 +59,9 @@ _STREAM_BUFFER_BYTES = 64 << 10
 # Longest time without progress while Envoy waits for the whole message of a unary call, to extract its model. The
 # bodies of other calls go to the instance as they arrive, and the instance ends those that make no progress.
 _MESSAGE_IDLE = "30s"
+# Longest time without progress of other calls of clients: a year. When the heap of Envoy is full it is a second
+# (shoal.node.envoy_overload), so that idle streams, at 25 kB each, cannot keep it full.
+_UNTIL_FULL = "31536000s"
 # Field numbers of RouteConfiguration.virtual_hosts, VirtualHost.routes, Route.match and Route.route.
 _HOSTS, _ROUTE, _MATCH, _ACTION = 2, 3, 1, 2
 
@@ -260,6 +263,11 @@ def _service(
     routes.append(_route({"prefix": service.prefix}, to, others))
     text = (_text(service),) if has_pages and not service.names_model_itself else ()
     routes = [*_internal(service), *text, *routes]
+    if has_pages:
+        for route in routes:
+            # Inferences take their time.
+            if "route" in route and (not service.apart or route["match"].get("path") in service.apart):
+                route["route"]["idle_timeout"] = _UNTIL_FULL
     if service.names_model_itself:
         has_model = [{"name": MODEL_HEADER, "present_match": True}]
         routes = [{**route, "match": {**route["match"], "headers": has_model}} for route in routes]
@@ -412,6 +420,7 @@ def _rest_elsewhere(routes: RestRoutes) -> tuple[bytes, ...]:
             named = {"name": ":method", "string_match": {"exact": method}}
             match = {"safe_regex": {"regex": path.pattern}, "headers": [named, *headers]}
             route = _route(match, routes.cluster, _IDEMPOTENT if routes.is_idempotent else _ALWAYS)
+            route["route"]["idle_timeout"] = _UNTIL_FULL
             found.append(bytes(Route.from_dict({**route, "typed_per_filter_config": _disabled(*_MODEL_FILTERS)})))
     return tuple(found)
 

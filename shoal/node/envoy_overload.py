@@ -5,6 +5,7 @@ As the heap grows towards its ceiling, Envoy sheds the load that costs the most 
     heap  70 %  return free memory to the system, if there is much of it; at 87.5 % all of it
           75 %  reset the streams that hold the most memory, more of them the fuller the heap
           75 %  shorten the time that a stream may make no progress, from 30 s to 1 s at 95 %
+          95 %  end streams without progress for 1 s, such as idle watches (mesh.xds.routes)
           95 %  reject new requests
           98 %  accept no new connections
 

@@ -14,6 +14,7 @@ from mesh.rpc.framing import MessageParts
 from services.infer import model_stream_infer
 from shoal.errors import ERROR_CODE_PARAMETER, Code
 from shoal.inference.v2 import inference_pb2 as pb
+from shoal.tenant_header import TENANT_HEADER
 from tests.breakable import until
 from tests.infer import onnx_files
 from tests.infer.conftest import Repository, floats, output, request
@@ -501,3 +502,28 @@ async def test_a_stream_is_read_no_faster_than_its_responses_are_sent(served):
     rest = [id_of(response) async for response in responses]
     assert rest == [str(n) for n in range(1, 1000)]
     assert infer.most <= model_stream_infer.AHEAD
+
+
+async def test_a_tenant_leaves_streams_to_the_others(serve, models_folder: Repository, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("services.infer.rpc._STREAMS", 6)
+    models_folder.put("double", onnx_files.scale(2))
+    served = await serve(models_folder.root)
+
+    end = asyncio.Event()
+
+    async def asked():
+        yield request("double", x=X)
+        await end.wait()
+
+    async def opened(tenant: str):
+        call = served.stub.ModelStreamInfer(asked(), metadata=[(TENANT_HEADER, tenant)])
+        assert (await call.read()).infer_response.outputs
+        return call
+
+    calls = [await opened("acme") for _ in range(4)]
+    with pytest.raises(grpc.aio.AioRpcError, match="4 streams of this tenant are open, and the 2 places left are for"):
+        await opened("acme")
+    calls.append(await opened("globex"))
+    end.set()
+    assert [await call.code() for call in calls] == [grpc.StatusCode.OK] * 5
+    assert [await (await opened("acme")).code() for _ in range(5)] == [grpc.StatusCode.OK] * 5

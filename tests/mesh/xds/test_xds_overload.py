@@ -17,7 +17,7 @@ from mesh.h2 import frames
 from mesh.h2.headers import LIST_BYTES
 from mesh.rpc.framing import framed
 from tests.breakable import until
-from tests.http2 import INFER
+from tests.http2 import INFER, STREAM
 from tests.mesh.h2.test_h2_isolation import Client as FrontClient
 from tests.mesh.h2.test_h2_isolation import credit
 from tests.mesh.xds.test_xds_envoy import Mesh, request, told
@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.envoy, pytest.mark.asyncio(loop_scope="module")]
 MIB = 1 << 20
 HEAP = 64 * MIB
 RESETS = "envoy.overload_actions.reset_high_memory_stream.count"
+IDLE_ENDS = "http.gateway.downstream_rq_idle_timeout"
 PRESSURE = "overload.envoy.resource_monitors.fixed_heap.pressure"
 
 
@@ -159,6 +160,33 @@ async def test_streams_that_hold_much_of_the_heap_are_reset_and_others_are_serve
 
     await until(has_room, "the heap is free again")
     assert told(await mesh.infer("a"), "header") == "a"
+
+
+async def test_streams_that_do_nothing_do_not_keep_the_heap_full(mesh: Mesh):
+    """None holds enough to be reset. Envoy refused every other call for as long as they were open."""
+    await mesh.show(mesh.instance(0, "a"), mesh.instance(1, "a"))
+    message = framed(request("a").SerializeToString())
+
+    async def is_served() -> bool:
+        try:
+            return told(await mesh.infer("a"), "attempt") == "1"
+        except grpc.aio.AioRpcError as err:
+            if err.details() != "envoy overloaded":
+                raise
+            return False
+
+    async def have_ended() -> bool:
+        return (await mesh.envoy.stats(IDLE_ENDS))[IDLE_ENDS] > 0
+
+    async with AsyncExitStack() as stack:
+        for _ in range(4):
+            peer = await stack.enter_async_context(client(mesh))
+            for _ in range(1_000):
+                peer.data(peer.open(STREAM), message, is_end=False)
+            await peer.writer.drain()
+        await until(have_ended, "idle streams end")
+        await until(is_served, "others are served")
+    await mesh.show(mesh.instance(0, "a"), mesh.instance(1, "b"))
 
 
 def rss_mib(mesh: Mesh) -> int:

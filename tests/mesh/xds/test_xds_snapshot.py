@@ -236,6 +236,23 @@ def test_only_a_unary_call_without_its_whole_message_has_an_idle_timeout():
             assert (header.name, header.present_match, header.invert_match) == ("x-shoal-model", True, True)
 
 
+def test_calls_of_clients_but_inferences_end_without_progress_when_the_heap_of_envoy_is_full():
+    """A timeout of a year is a second then (shoal.node.envoy_overload)."""
+    shot = made(infer(0, "a"))
+    timeouts = {
+        name: {
+            each.match.path or each.match.prefix: each.route.idle_timeout.days
+            for each in RouteConfiguration.parse(shot.of(ROUTES)[name].packed.value).virtual_hosts[0].routes
+            if each.route is not None
+        }
+        for name in (GATEWAY_NAME, NAME)
+    }
+    assert set(timeouts[NAME].values()) == {0}, "services are no clients"
+    found = timeouts[GATEWAY_NAME]
+    assert {path for path, days in found.items() if not days} == {INFERENCE}
+    assert (found[INFERENCE + "ModelStreamInfer"], found["/shoal.store.v1."]) == (365, 365)
+
+
 def test_streams_and_bulks_use_other_connections_to_the_instances_than_plain_calls():
     routes = [each for each in routes_of(made(infer(0, "a"))) if each.route is not None]
     apart = {each.match.path for each in routes if each.route.priority == RoutingPriority.HIGH}
