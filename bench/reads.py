@@ -19,11 +19,11 @@ from statistics import median
 from typing import Any, cast
 
 import uvloop
+from claims import job, mongod
 from pymongo.asynchronous.collection import AsyncCollection
 from rich.console import Console
 from rich.table import Table
 
-from bench.claims import job, mongod
 from mesh.mongo import connect
 from mesh.mongo_clock import utc_now
 from services.ingest.documents import JOBS, WITHOUT_REQUEST, document_of, job_of
