@@ -1,4 +1,4 @@
-"""Group commit: one write for many callers.
+"""Group commit: one write for many callers. Reads of many callers share queries in the same way.
 
     add ─┐
     add ─┼─> waiting ──(a write in flight? gather; otherwise write immediately)──> write(group) ──> a result each

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeAlias
+from typing import Any, Protocol, Self
 
 from pymongo.asynchronous.collection import AsyncCollection
 
@@ -21,6 +21,7 @@ from services.ingest.intake.payloads import Payloads
 from services.ingest.job import Job
 from services.ingest.job_scan import scan
 from services.ingest.queries import page_tokens
+from services.ingest.queries.completions import Owned
 from services.ingest.ulid import is_ulid
 from shoal.errors import FailedPrecondition, InvalidArgument, NotFound, ShoalError
 
@@ -34,10 +35,6 @@ PAGES_AT_ONCE = 4
 """Each page has up to 1,000 jobs, some megabytes."""
 PAYLOADS_AT_ONCE = 6
 """Each request has up to 12 MiB, of which the store and this process hold copies."""
-
-
-# Id of a job, and the tenant that it must have; None: any.
-_Wanted: TypeAlias = tuple[str, str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +73,7 @@ class Jobs:
     def __init__(self, jobs: AsyncCollection[Document], payloads: Payloads) -> None:
         self._jobs = jobs
         self._payloads = payloads
-        self._reads: Group[_Wanted, Document] = Group(
+        self._reads: Group[Owned, Document] = Group(
             "jobs that are read",
             self._read,
             max_items=JOBS_OF_A_QUERY,
@@ -111,7 +108,7 @@ class Jobs:
             raise NotFound(f"no job {job_id[:64]!r}: a job id is 26 characters, as Submit returned it")
         return job_of(await self._reads.put((job_id, scope.tenant)))
 
-    async def _read(self, wanted: list[_Wanted]) -> Sequence[Document | ShoalError]:
+    async def _read(self, wanted: list[Owned]) -> Sequence[Document | ShoalError]:
         ids = list({job_id for job_id, _ in wanted})
         with translated("reading a job"):
             found = self._jobs.find({"_id": {"$in": ids}}, WITHOUT_REQUEST, batch_size=JOBS_OF_A_QUERY + 1)
