@@ -110,8 +110,8 @@ async def run(config: CoordConfig) -> None:
         claims: ShareClaims | None = None
         if watch is not None:
             claims = await stack.enter_async_context(ShareClaims(mirror, watch.in_force, name))
-        rpcs = _rpcs(coord, AccessRpc(parts), ShareRpc(claims), health, MeshInference(mirror, config.node))
         access = None if watch is None else watch.access
+        rpcs = _rpcs(coord, AccessRpc(parts), ShareRpc(claims), health, MeshInference(mirror, config.node, access))
         auditing = await stack.enter_async_context(auditing_of(config, access))
         methods = {**ads.methods(), **span_listing.methods()}
         sources: list[Source] = []

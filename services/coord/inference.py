@@ -15,10 +15,12 @@ import grpc
 
 from mesh.cluster.membership import Instance, State
 from mesh.cluster.mirror import Mirror
-from mesh.rpc.access import caller_in
+from mesh.rpc.access import Access, caller_in
 from mesh.rpc.client.channel import Channel
 from mesh.rpc.client.failures import CallFailed
 from mesh.rpc.interceptors import Context
+from mesh.rpc.tenant_scope import Scopes
+from mesh.rpc.tenant_turns import TenantTurns
 from services.coord.cluster import Cluster, cluster_of
 from services.coord.statistics import merged
 from shoal.access.caller_header import CALLER_HEADER
@@ -60,12 +62,13 @@ def is_ready(cluster: Cluster) -> bool:
 
 
 class MeshInference(pb_grpc.GRPCInferenceServiceServicer):
-    """Servicer of METHODS."""
+    """Servicer of METHODS. `access` knows the callers; None: each names its tenant."""
 
-    def __init__(self, mirror: Mirror, node: str) -> None:
+    def __init__(self, mirror: Mirror, node: str, access: Access | None = None) -> None:
         self._mirror = mirror
         self._node = node
-        self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._scopes = Scopes("inference.GRPCInferenceService", access)
+        self._turns = TenantTurns(_AT_ONCE)
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=is_live(cluster_of(self._mirror.copy)))
@@ -82,7 +85,7 @@ class MeshInference(pb_grpc.GRPCInferenceServiceServicer):
         caller = caller_in(context)
         # The instances decide by the caller which models the statistics have.
         metadata = () if caller is None else ((CALLER_HEADER, caller.decode("latin-1")),)
-        async with self._slots:
+        async with self._turns.take(self._scopes.of(context, "ModelStatistics").tenant or ""):
             responses = await _fetch(instances, request.SerializeToString(), metadata)
             size = sum(map(len, responses))
             if size > MOST_BYTES:

@@ -15,6 +15,7 @@ from mesh.rpc.client.channel import Channel
 from mesh.rpc.client.failures import CallFailed
 from mesh.rpc.interceptors import Context
 from mesh.rpc.span_listing import latest
+from mesh.rpc.tenant_turns import TenantTurns
 from services.coord.cluster import cluster_of
 from shoal.access.caller_header import AS_SERVICE
 from shoal.access.rpc_groups import GET_SPANS, LIST_SPANS, SPANS_OF_ALL
@@ -56,7 +57,7 @@ class MeshSpans:
     def __init__(self, mirror: Mirror, node: str) -> None:
         self._mirror = mirror
         self._node = node
-        self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._turns = TenantTurns(_AT_ONCE)
 
     async def get(self, request: pb.GetSpansRequest, tenant: str | None) -> pb.GetSpansResponse:
         """Return the spans that a request asks for, of one tenant; None: of all. Raises InvalidArgument."""
@@ -64,7 +65,7 @@ class MeshSpans:
             raise InvalidArgument(f"trace, job: {IDS}")
         wanted = pb.ListSpansRequest(trace=request.trace, job=request.job, tenant=tenant).SerializeToString()
         instances = [one for one in cluster_of(self._mirror.copy).instances if one.node == self._node]
-        async with self._slots:
+        async with self._turns.take(tenant or ""):
             answers = await asyncio.gather(*(_list(instance, wanted) for instance in instances))
             return await asyncio.to_thread(_merged, instances, answers)
 

@@ -46,6 +46,9 @@ earliest due time. In this form MongoDB skips from queue to queue, however many 
 WITHOUT_REQUEST: Mapping[str, int] = {"request": 0}
 """Projection without the request, for everything except running a job."""
 
+LIGHT: Mapping[str, Any] = {**WITHOUT_REQUEST, "labels": 0, TRANSITIONS: {"$slice": -1}}
+"""Projection for changes and removals of hundreds of jobs at a time: without labels, of the transitions the newest."""
+
 # The planner uses a partial index only for a query that implies its condition: any comparison with a time implies
 # `$exists: True`. The claim index holds the id, so that finding jobs reads no documents.
 NEEDED_INDEXES = (
@@ -218,7 +221,10 @@ def difference(before: Job, after: Job) -> dict[str, Any]:
     if unset:
         update["$unset"] = unset
     if after.transitions and after.transitions[-1:] != before.transitions[-1:]:
-        steps = {"$each": [encode_step(after.transitions[-1])], "$slice": -TRANSITIONS_KEPT}
+        # Fewer, where the transitions that were read had to give way (`HISTORY_CHARS`).
+        grows = len(after.transitions) > len(before.transitions)
+        kept = TRANSITIONS_KEPT if grows else len(after.transitions)
+        steps = {"$each": [encode_step(after.transitions[-1])], "$slice": -kept}
         update["$push"] = {TRANSITIONS: steps}
     return update
 

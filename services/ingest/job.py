@@ -104,6 +104,9 @@ LAPSED_MAX_WAIT_MS = 15_000
 """Bounds of the doubling maximum of the random wait after each further lapse."""
 TRANSITIONS_KEPT = 400
 """Number of newest transitions that are kept: more than 100 attempts make. Only long outages reach it."""
+HISTORY_CHARS = 32_000
+"""Characters of the reasons of the transitions that are kept: those of 100 failed attempts take a sixth. Requeues with
+long reasons would make a job of megabytes, of which lists, watches and the dead letters of one call have a thousand."""
 MESSAGE_CHARS = 2_000
 """Maximum length of a failed attempt's message: a job stays small whatever a model returns."""
 
@@ -584,4 +587,11 @@ def _later(now: datetime, wait_ms: float) -> datetime:
 
 
 def _appended(job: Job, transition: Transition) -> tuple[Transition, ...]:
-    return (*job.transitions, transition)[-TRANSITIONS_KEPT:]
+    """Return the newest transitions with `transition` as the last one, as far as the limits allow."""
+    kept = (*job.transitions, transition)[-TRANSITIONS_KEPT:]
+    chars = 0
+    for number, step in enumerate(reversed(kept)):
+        chars += len(step.reason)
+        if number and chars > HISTORY_CHARS:
+            return kept[-number:]
+    return kept

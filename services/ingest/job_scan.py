@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pymongo.asynchronous.collection import AsyncCollection
 
-from mesh.mongo import Document
+from mesh.mongo import Document, decoded
 from services.ingest.documents import WITHOUT_REQUEST
 from services.ingest.job import State
 
@@ -24,6 +24,9 @@ SCANNED_MOST = 2_000
 
 PAGE_BYTES = 16 << 20
 """Size at which a page ends early (labels, long histories), so that it fits into a message of any client."""
+
+ID_ALONE: Mapping[str, int] = {"_id": 1}
+"""Fields of a scan whose caller needs the ids."""
 
 _EVERY_STATE = {"$in": sorted(map(str, State))}
 
@@ -43,8 +46,9 @@ async def scan(
     *,
     after: str = "",
     order: Literal[1, -1],
+    fields: Mapping[str, int] = WITHOUT_REQUEST,
 ) -> ScanPage:
-    """Return up to `size` jobs that match `query`, without their requests, by id after `after` (empty: from the start).
+    """Return up to `size` jobs that match `query`, with these fields, by id after `after` (empty: from the start).
 
     A page may have fewer documents, or none, although more jobs match: the scan is complete when `end` is None.
     `query` has no condition on `_id`. Raises PyMongoError.
@@ -54,7 +58,8 @@ async def scan(
         indexed["_id"] = {"$gt" if order > 0 else "$lt": after}
     sort = {"_id": order}
     if not others:
-        return await _page(jobs.find(indexed, WITHOUT_REQUEST).sort(sort).limit(size + 1), size, None)
+        found = jobs.find_raw_batches(indexed, fields).sort(sort).limit(size + 1)
+        return await _page(decoded(found, jobs), size, None)
     # The last id that this read examines. It is read first: a job may enter or leave the filter at any time.
     bounds = await jobs.find(indexed, {"_id": 1}).sort(sort).skip(SCANNED_MOST - 1).limit(1).to_list()
     last: str | None = bounds[0]["_id"] if bounds else None
@@ -67,9 +72,9 @@ async def scan(
         {"$limit": SCANNED_MOST},
         {"$match": others},
         {"$limit": size + 1},
-        {"$project": WITHOUT_REQUEST},
+        {"$project": fields},
     ]
-    return await _page(await jobs.aggregate(stages), size, last)
+    return await _page(decoded(await jobs.aggregate_raw_batches(stages), jobs), size, last)
 
 
 async def _page(documents: AsyncIterable[Document], size: int, last: str | None) -> ScanPage:
@@ -86,7 +91,7 @@ async def _page(documents: AsyncIterable[Document], size: int, last: str | None)
 def _weight(document: Document) -> int:
     """Return the approximate size of a job's message in bytes."""
     labels = sum(len(key) + len(value) for key, value in document.get("labels") or ())
-    steps = sum(80 + len(step.get("reason", "")) for step in document["transitions"])
+    steps = sum(80 + len(step.get("reason", "")) for step in document.get("transitions") or ())
     return 500 + len(document.get("last_message") or "") + 4 * labels + steps
 
 

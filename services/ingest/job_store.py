@@ -151,12 +151,16 @@ class JobStore(Protocol):
         """Write each change whose job is still held by the lease, and in the attempt, of its `before`."""
 
     async def read(self, ids: Collection[str], tenant: str | None = None) -> dict[str, Job]:
-        """Return the existing jobs among `ids`, by id; with `tenant`, those of the tenant."""
+        """Return the existing jobs among `ids`, by id; with `tenant`, those of the tenant.
+
+        Without their labels, and of their transitions the newest one: of dead letters, both may be long.
+        """
 
     async def dead_letters(self, filter_: DeadFilter, limit: int, after: str = "") -> tuple[list[Job], str]:
         """Return up to `limit` dead letters, by id after `after`, and the id after which the next page begins.
 
-        A page may have fewer, or none, although more match; the id is empty after the last page.
+        A page may have fewer, or none, although more match; the id is empty after the last page. They are as `read`
+        returns them.
         """
 
     async def requeue(self, changes: Sequence[Change]) -> None:

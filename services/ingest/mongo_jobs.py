@@ -18,6 +18,7 @@ from mesh.mongo import Document, translate, translated
 from services.ingest.documents import (
     EACH_TENANT_QUEUE,
     EPOCH,
+    LIGHT,
     WAITING,
     WITHOUT_REQUEST,
     claiming,
@@ -32,7 +33,7 @@ from services.ingest.documents import (
     unleased,
 )
 from services.ingest.job import End, Job, Lease, State, claim, take_over
-from services.ingest.job_scan import scan
+from services.ingest.job_scan import ID_ALONE, scan
 from services.ingest.job_store import (
     Change,
     Claimed,
@@ -228,17 +229,19 @@ class MongoJobs:
         return StatesWritten(written.matched_count)
 
     async def read(self, ids: Collection[str], tenant: str | None = None) -> dict[str, Job]:
-        query: Document = {"_id": {"$in": list(ids)}}
-        if tenant is not None:
-            query["tenant"] = tenant
-        with translated("reading dead letters"):
-            cursor = self._jobs.find(query, WITHOUT_REQUEST)
-            return {document["_id"]: job_of(document) async for document in cursor}
+        return await self._letters({} if tenant is None else {"tenant": tenant}, ids)
 
     async def dead_letters(self, filter_: DeadFilter, limit: int, after: str = "") -> tuple[list[Job], str]:
         with translated("finding dead letters"):
-            page = await scan(self._jobs, filter_.query(), limit, after=after, order=1)
-        return [job_of(document) for document in page.documents], page.end or ""
+            page = await scan(self._jobs, filter_.query(), limit, after=after, order=1, fields=ID_ALONE)
+        ids = [document["_id"] for document in page.documents]
+        found = await self._letters(filter_.query(), ids) if ids else {}
+        return [found[job_id] for job_id in ids if job_id in found], page.end or ""
+
+    async def _letters(self, query: Document, ids: Collection[str]) -> dict[str, Job]:
+        with translated("reading dead letters"):
+            cursor = self._jobs.find({**query, "_id": {"$in": list(ids)}}, LIGHT)
+            return {document["_id"]: job_of(document) async for document in cursor}
 
     async def requeue(self, changes: Sequence[Change]) -> None:
         with translated("requeueing dead letters"):

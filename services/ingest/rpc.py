@@ -23,7 +23,7 @@ from services.ingest.messages import message_of, state_of
 from services.ingest.operations.operation_repository import OperationRepository
 from services.ingest.operations.rpc import JobOperationsRpc
 from services.ingest.queries.filters import checked
-from services.ingest.queries.jobs import Filter, Jobs
+from services.ingest.queries.jobs import Filter, Jobs, work_of
 from services.ingest.queries.watch import Watch
 from services.ingest.queries.watch_many import WatchMany
 from services.ingest.retention.retention_repository import RetentionRepository
@@ -119,7 +119,7 @@ class IngestRpc(
         filter_ = Filter(state_of(request.state), request.model_name, tenant)
         page = await self._jobs.page(filter_, request.page_size, request.page_token)
         response = pb.ListJobsResponse(next_page_token=page.next_token)
-        async for job in self._jobs.pauses.each(page.jobs):
+        async for job in self._jobs.pauses.each(page.jobs, weight=lambda job: work_of(job.transitions)):
             response.jobs.append(message_of(job))
         return response
 

@@ -24,6 +24,8 @@ from services.coord.statistics import merged
 from shoal.errors import InvalidArgument, ResourceExhausted, Unavailable
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
+from shoal.tenant_header import TENANT_HEADER
+from tests.breakable import PATIENCE_S
 from tests.mesh.http1.raw import RawClient
 
 S = pb.StatisticDuration
@@ -208,6 +210,26 @@ async def test_statistics_of_too_many_models_are_refused(serve: Serve, monkeypat
     with pytest.raises(ResourceExhausted, match="request those of one model"):
         await asked(mesh)
     assert await asked(mesh, "m7") == [("m7", 2)]
+
+
+async def test_many_calls_of_one_tenant_do_not_delay_another_tenants(serve: Serve) -> None:
+    replica = Replica(stats("a"))
+    mesh = await serve(replica)
+    replica.works.clear()
+    order: list[str] = []
+
+    async def ask(tenant: str) -> None:
+        context: Any = SimpleNamespace(invocation_metadata=lambda: ((TENANT_HEADER, tenant),))
+        await mesh.ModelStatistics(pb.ModelStatisticsRequest(), context)
+        order.append(tenant)
+
+    async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as tasks:
+        for tenant in ("many",) * 20 + ("other",):
+            tasks.create_task(ask(tenant))
+        await asyncio.sleep(0)
+        replica.works.set()
+    # Two are asked for when it comes, and one more has its turn before.
+    assert order.index("other") <= 3
 
 
 async def test_over_rest_health_and_statistics_are_those_of_all_instances(serve: Serve, run_dir: Path) -> None:

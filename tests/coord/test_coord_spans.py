@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from mesh.cluster.etcd import Entry
+from mesh.cluster.membership import Instance, State, encode
+from mesh.cluster.mirror import Copy
 from mesh.rpc.access import Access
 from mesh.rpc.span_listing import BYTES, SPANS, latest
-from services.coord.spans import visible_tenant
+from services.coord import spans
+from services.coord.spans import MeshSpans, visible_tenant
 from shoal.access import tokens
 from shoal.access.caller_header import AS_SERVICE
 from shoal.access.tokens import Signer
@@ -17,6 +22,7 @@ from shoal.coord.v1 import coord_pb2 as pb
 from shoal.errors import PermissionDenied, Unauthenticated
 from shoal.tenant_header import TENANT_HEADER
 from tests.access.policies import claims_of, key, passed, policy
+from tests.breakable import PATIENCE_S
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +69,28 @@ def test_an_answer_has_the_latest_spans_up_to_a_number_and_a_size() -> None:
     assert (len(spans), spans[0].start_ns, is_truncated) == (SPANS, 1, True)
     spans, is_truncated = latest(pb.Span(start_ns=n, name="x" * (BYTES // 4)) for n in range(5))
     assert ([span.start_ns for span in spans], is_truncated) == ([2, 3, 4], True)
+
+
+async def test_many_calls_of_one_tenant_do_not_delay_another_tenants(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_end, order = asyncio.Event(), list[str]()
+
+    async def listed(instance: object, request: bytes) -> bytes:
+        await may_end.wait()
+        return b""
+
+    monkeypatch.setattr(spans, "_list", listed)
+    here = Instance("infer", "local", "infer-0", "unix:/none", 10, State.READY, 100.0)
+    entry = Entry(here.key, encode(here), 1, 1, 0)
+    kept = MeshSpans(cast("Any", SimpleNamespace(copy=Copy({here.key: entry}, 1, False))), "local")
+
+    async def ask(tenant: str) -> None:
+        await kept.get(pb.GetSpansRequest(), tenant)
+        order.append(tenant)
+
+    async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as tasks:
+        for tenant in ("many",) * 20 + ("other",):
+            tasks.create_task(ask(tenant))
+        await asyncio.sleep(0)
+        may_end.set()
+    # Two are in work when it comes, and one more has its turn before.
+    assert order.index("other") <= 3

@@ -9,6 +9,7 @@ import pytest
 
 from services.ingest.job import (
     FINAL,
+    HISTORY_CHARS,
     LAPSED_MAX_WAIT_MS,
     LAPSES_RETRIED_IMMEDIATELY,
     MAX_LAPSES,
@@ -28,6 +29,7 @@ from services.ingest.job import (
     backoff_ms,
     claim,
     end,
+    generations,
     refused_wait_ms,
     requeue,
     return_to_queue,
@@ -195,6 +197,16 @@ def test_the_state_follows_from_the_result(standing: End, state: State) -> None:
     assert ended.state in FINAL
     assert (ended.lease, ended.due_at) == (None, None)
     assert ended.transitions[-1].state is state
+
+
+def test_the_reasons_of_a_jobs_transitions_have_a_limit_together_and_the_newest_stays() -> None:
+    letter = job()
+    for number in range(100):
+        failed = End(Outcome.FAILED, Code.INTERNAL, "m" * 2_000)
+        letter = requeue(end(claim(letter, LEASE, START), failed, "i", START), f"{number} {'r' * 900}", "i", START)
+    assert HISTORY_CHARS - 3_000 < sum(len(step.reason) for step in letter.transitions) <= HISTORY_CHARS
+    assert letter.transitions[-1].reason.startswith("requeued: 99 ")
+    assert (letter.transition_count, generations(letter)[-1]) == (301, 101)
 
 
 def test_each_requeue_counts_the_same_deadline_anew() -> None:

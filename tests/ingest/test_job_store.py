@@ -10,7 +10,9 @@ import pytest
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import AutoReconnect
 
+from services.ingest.documents import WITHOUT_REQUEST, job_of
 from services.ingest.job import (
+    HISTORY_CHARS,
     BackToQueue,
     End,
     Job,
@@ -65,7 +67,8 @@ async def held(store: JobStore, name: str, **fields: Any) -> Job:
 
 
 async def read(store: JobStore, *made: Job) -> list[Job]:
-    found = await store.read([one.id for one in made])
+    stored = cast(MongoJobs, store)._jobs
+    found = {document["_id"]: job_of(document) async for document in stored.find({}, WITHOUT_REQUEST)}
     return [found[one.id] for one in made]
 
 
@@ -208,9 +211,14 @@ async def dead(store: JobStore, name: str, **fields: Any) -> Job:
     return light(letter)
 
 
+def newest(letter: Job) -> Job:
+    return letter.replaced(labels=(), transitions=letter.transitions[-1:])
+
+
 async def test_dead_letters_are_found_oldest_first(store: JobStore) -> None:
     first, second, other = await dead(store, "a"), await dead(store, "b", model_name="n"), await dead(store, "c")
     await insert(store, job())
+    first, second, other = map(newest, (first, second, other))
     assert await store.dead_letters(DeadFilter(), 10) == ([first, second, other], "")
     assert await store.dead_letters(DeadFilter(), 2) == ([first, second], second.id)
     assert await store.dead_letters(DeadFilter(), 2, second.id) == ([other], "")
@@ -218,6 +226,16 @@ async def test_dead_letters_are_found_oldest_first(store: JobStore) -> None:
     assert await store.dead_letters(DeadFilter(before=START), 10) == ([], "")
     assert await store.dead_letters(DeadFilter(State.FAILED), 10) == ([], "")
     assert await store.dead_letters(DeadFilter(tenant="t"), 10) == ([], "")
+
+
+async def test_dead_letters_are_read_for_changes_with_the_newest_transition_alone_and_lose_nothing(
+    store: JobStore,
+) -> None:
+    letter = await dead(store, "a", labels=(("k", "v"),))
+    found = await store.read([letter.id, "nowhere"])
+    assert found == {letter.id: newest(letter)}
+    await store.requeue([(found[letter.id], requeue(found[letter.id], "why", "i", LATER))])
+    assert await read(store, letter) == [requeue(letter, "why", "i", LATER)]
 
 
 async def test_of_two_that_requeue_or_purge_a_dead_letter_one_does(store: JobStore) -> None:
@@ -230,6 +248,23 @@ async def test_of_two_that_requeue_or_purge_a_dead_letter_one_does(store: JobSto
     third = await dead(store, "c")
     await store.purge([third])
     assert await store.read([third.id]) == {}
+
+
+async def test_a_dead_letter_with_long_reasons_stays_small_however_often_it_is_requeued(store: JobStore) -> None:
+    mine = await held(store, "0")
+    most = 0
+    for number in range(1, 60):
+        letter = end(mine, End(Outcome.FAILED, Code.INTERNAL, "m" * 1_000), "i", LATER)
+        assert await store.write_states([(mine, letter)]) == StatesWritten(1)
+        assert await read(store, letter) == [light(letter)]
+        most = max(most, sum(len(step.reason) for step in letter.transitions))
+        [found] = (await store.read([letter.id])).values()
+        await store.requeue([(found, requeue(found, "r" * 1_000, "i", LATER))])
+        claimed = await store.claim([letter.id], lease(str(number)), LATER)
+        assert isinstance(claimed, Claimed)
+        [mine] = claimed.jobs
+    assert HISTORY_CHARS - 1_000 < most <= HISTORY_CHARS
+    assert (mine.generation, mine.transition_count) == (60, 2 + 59 * 3)
 
 
 def dependent(*on: Job) -> Job:

@@ -34,14 +34,12 @@ from services.ingest.batches.inputs.locations import InputLocations
 from services.ingest.batches.model_metadata import ModelMetadata
 from services.ingest.batches.readers import ReaderCache
 from services.ingest.batches.row_inference import InferenceClient
-from services.ingest.batches.submission import Submissions
+from services.ingest.batches.submission import SUBMITS_AT_ONCE, Submissions
 from services.ingest.config import IngestConfig
 from services.ingest.retention.retention_repository import RetentionRepository
 
 # Threads that read, pack and write the running chunks, and that plan.
 _THREADS = 8
-# Threads of their own for submissions: an unavailable store blocks each for seconds, and chunks must not wait for it.
-_SUBMIT_THREADS = 4
 
 
 class Batches:
@@ -66,7 +64,8 @@ class Batches:
         self._database = database
         self._stack = AsyncExitStack()
         self._threads = Threads(_THREADS, "batch")
-        self._submit_threads = Threads(_SUBMIT_THREADS, "batch-submit")
+        # Of their own: an unavailable store blocks each for seconds, and chunks must not wait for it.
+        self._submit_threads = Threads(SUBMITS_AT_ONCE, "batch-submit")
         self._readers = ReaderCache(locations)
         self._folder = PrivateFolder("shoal-tmp-batches-")
         folder = self._folder.path

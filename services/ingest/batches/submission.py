@@ -13,9 +13,11 @@ from typing import Any
 import pyarrow as pa
 
 from mesh.mongo_clock import Clock
+from mesh.process.tasks import uninterrupted
 from mesh.process.threads import Threads
 from mesh.rpc.places import are_for_others
 from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
+from mesh.rpc.tenant_turns import WAIT_S, TenantTurns
 from services.ingest.batches.batch import ATTEMPTS, CHUNK_ROWS, Batch, BatchState, BatchStep, Format
 from services.ingest.batches.batch_repository import MAX_ACTIVE, BatchRepository, check_same_request
 from services.ingest.batches.duties import format_of, input_entries, owner_of
@@ -43,6 +45,8 @@ from shoal.ingest.v1 import ingest_pb2 as pb
 INPUTS = 1_000
 NAMES = 256
 MAX_CHUNK_ROWS = 1_000_000
+SUBMITS_AT_ONCE = 4
+"""Submits that one instance checks at a time, each in a thread: looking up a thousand long paths takes a second."""
 # Names below a prefix that are checked: to infer the format, to find a file with rows, to find existing results.
 _MAX_INSPECTED = 1_000
 
@@ -86,6 +90,7 @@ class Submissions:
         self._new_id = new_id
         self._instance = instance
         self._on_accepted = on_accepted
+        self._turns = TenantTurns(SUBMITS_AT_ONCE, leaves_room=True, wait_s=WAIT_S)
 
     async def submit(self, request: pb.SubmitBatchRequest, scope: TenantScope = EVERY_TENANT) -> tuple[Batch, bool]:
         """Store a batch of the scope. Return it, and whether its idempotency key was known.
@@ -103,7 +108,8 @@ class Submissions:
         limits = scope.limits(request.model_name)
         # The files are no bytes of the request. Their rows count as they run.
         with nullcontext() if limits is None else limits.reserved(request.ByteSize(), 0):
-            return await self._submit(request, scope, caller)
+            async with self._turns.take(request.tenant):
+                return await uninterrupted(self._submit(request, scope, caller))
 
     async def _submit(self, request: pb.SubmitBatchRequest, scope: TenantScope, caller: bytes) -> tuple[Batch, bool]:
         digest = digest_of(request)

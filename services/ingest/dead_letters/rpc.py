@@ -10,6 +10,7 @@ from services.ingest.dead_letters.dead_letters import DeadLetterOutcome, DeadLet
 from services.ingest.dead_letters.filters import DeadLetterSelection, checked_filter, checked_selection
 from services.ingest.job_store import DeadFilter
 from services.ingest.messages import message_of, moment_of, state_of
+from services.ingest.queries.jobs import work_of
 from shoal.ingest.v1 import ingest_pb2 as pb
 
 
@@ -24,7 +25,7 @@ class DeadLettersRpc:
         filter_ = _filter(request.filter, self._scopes.of(context, "ListDeadLetters"))
         page = await self._letters.page(filter_, request.page_size, request.page_token)
         response = pb.ListDeadLettersResponse(next_page_token=page.next_token)
-        async for job in self._letters.pauses.each(page.jobs):
+        async for job in self._letters.pauses.each(page.jobs, weight=lambda job: work_of(job.transitions)):
             response.jobs.append(message_of(job))
         return response
 

@@ -6,7 +6,10 @@ import asyncio
 from contextlib import suppress
 
 from mesh.mongo_clock import Clock
+from mesh.process.tasks import uninterrupted
 from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
+from mesh.rpc.tenant_turns import WAIT_S as TURN_S
+from mesh.rpc.tenant_turns import TenantTurns
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.dispatcher import Dispatcher
 from services.ingest.job import Job, imposed_end
@@ -17,6 +20,9 @@ from shoal.errors import InvalidArgument, ResourceExhausted
 
 WAIT_S = 3.0
 """Maximum wait for the job's end: a few milliseconds, unless the store is unavailable."""
+CANCELLED_AT_ONCE = 8
+"""Jobs that one instance takes over at a time. Thousands would take all connections to MongoDB, and the places of the
+jobs that the dispatcher holds."""
 
 
 class JobCanceller:
@@ -28,6 +34,7 @@ class JobCanceller:
         self._dispatcher = dispatcher
         self._watch = watch
         self._clock = clock
+        self._turns = TenantTurns(CANCELLED_AT_ONCE, leaves_room=True, wait_s=TURN_S)
 
     async def cancel(self, job_id: str, reason: str, scope: TenantScope = EVERY_TENANT) -> Job:
         """Cancel a job of the scope and return it as ended.
@@ -43,12 +50,17 @@ class JobCanceller:
         job = await self._jobs.get(job_id, scope)
         if job.is_final:
             return job
-        taken = await self._claims.take_to_cancel(job_id, reason)
-        if taken is not None and (how := imposed_end(taken, self._clock())) is not None:
-            self._dispatcher.end(taken, how)
+        async with self._turns.take(scope.tenant or ""):
+            await uninterrupted(self._take_over(job_id, reason))
         # With too many watches the job ends all the same.
         with suppress(TimeoutError, ResourceExhausted):
             async with asyncio.timeout(WAIT_S):
                 async for seen in self._watch.follow(job_id, scope):
                     job = seen
         return job
+
+    async def _take_over(self, job_id: str, reason: str) -> None:
+        """Take the job over, and begin its end; nothing, when it has ended meanwhile, or is being cancelled."""
+        taken = await self._claims.take_to_cancel(job_id, reason)
+        if taken is not None and (how := imposed_end(taken, self._clock())) is not None:
+            self._dispatcher.end(taken, how)

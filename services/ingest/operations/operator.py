@@ -22,7 +22,7 @@ from services.ingest.dead_letters.dead_letters import DeadLetters
 from services.ingest.dead_letters.filters import DeadLetterSelection
 from services.ingest.dispatch.cancel import JobCanceller
 from services.ingest.job import State
-from services.ingest.job_scan import scan
+from services.ingest.job_scan import ID_ALONE, scan
 from services.ingest.operations.operation import Action, Operation
 from services.ingest.operations.operation_repository import OperationRepository
 from services.ingest.ulid import floor
@@ -92,7 +92,7 @@ class Operator(Background):
     async def _page(self, operation: Operation) -> None:
         query = operation.selection.query(operation.started_at)
         with translated("finding the jobs of an operation"):
-            page = await scan(self._jobs, query, PAGE_JOBS, after=operation.position, order=1)
+            page = await scan(self._jobs, query, PAGE_JOBS, after=operation.position, order=1, fields=ID_ALONE)
         # Ids rise with the time of submission: later jobs are not the operation's.
         end = floor(milliseconds(operation.started_at) + 1)
         ids = [document["_id"] for document in page.documents if document["_id"] < end]

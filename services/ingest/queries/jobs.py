@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 
 from pymongo.asynchronous.collection import AsyncCollection
 
-from mesh.mongo import Document, translated
+from mesh.mongo import Document, decoded, translated
 from mesh.process.pauses import Pauses
 from mesh.process.tasks import uninterrupted
 from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
@@ -31,10 +31,15 @@ QUERIES_AT_ONCE = 4
 """Queries for single jobs. Thousands of watchers read at once when their change stream is opened again."""
 JOBS_OF_A_QUERY = 32
 """A query for 32 small jobs takes 1.1 ms of CPU, MongoDB's included; 32 queries for one each take 13."""
+BYTES_OF_A_QUERY = 128 << 10
+"""A job with a long history has up to half a megabyte, and takes milliseconds to be read and sent."""
 PAGES_AT_ONCE = 4
 """Each page has up to 1,000 jobs, some megabytes."""
 PAYLOADS_AT_ONCE = 6
 """Each request has up to 12 MiB, of which the store and this process hold copies."""
+
+# Tenants with large jobs that are told apart.
+_LARGE_MOST = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +78,14 @@ class Jobs:
     def __init__(self, jobs: AsyncCollection[Document], payloads: Payloads) -> None:
         self._jobs = jobs
         self._payloads = payloads
-        self._reads: Group[Owned, Document] = Group(
+        # Of tenants with large jobs, the bytes of a job: each of their next queries has fewer.
+        self._large: dict[str | None, int] = {}
+        self._reads: Group[Owned, Job] = Group(
             "jobs that are read",
             self._read,
             max_items=JOBS_OF_A_QUERY,
-            max_bytes=1,
+            max_bytes=BYTES_OF_A_QUERY,
+            size=lambda wanted: self._large.get(wanted[1], 0),
             sender=lambda wanted: wanted[1],
             limit_s=WAIT_S,
             writes=QUERIES_AT_ONCE,
@@ -106,14 +114,30 @@ class Jobs:
             raise InvalidArgument("id: required, and empty")
         if not is_ulid(job_id):
             raise NotFound(f"no job {job_id[:64]!r}: a job id is 26 characters, as Submit returned it")
-        return job_of(await self._reads.put((job_id, scope.tenant)))
+        return await self._reads.put((job_id, scope.tenant))
 
-    async def _read(self, wanted: list[Owned]) -> Sequence[Document | ShoalError]:
+    async def _read(self, wanted: list[Owned]) -> Sequence[Job | ShoalError]:
         ids = list({job_id for job_id, _ in wanted})
+        jobs: dict[str, Job] = {}
         with translated("reading a job"):
-            found = self._jobs.find({"_id": {"$in": ids}}, WITHOUT_REQUEST, batch_size=JOBS_OF_A_QUERY + 1)
-            documents = {document["_id"]: document for document in await found.to_list()}
-        return [_owned(documents.get(job_id), job_id, tenant) for job_id, tenant in wanted]
+            found = self._jobs.find_raw_batches({"_id": {"$in": ids}}, WITHOUT_REQUEST, batch_size=JOBS_OF_A_QUERY + 1)
+            async for document in decoded(found, self._jobs):
+                jobs[document["_id"]] = job_of(document)
+        self._note_sizes(wanted, jobs)
+        return [_owned(jobs.get(job_id), job_id, tenant) for job_id, tenant in wanted]
+
+    def _note_sizes(self, wanted: list[Owned], jobs: Mapping[str, Job]) -> None:
+        """Note the sizes of the jobs of tenants with large ones, and forget them some queries later."""
+        largest: dict[str | None, int] = {}
+        for job_id, tenant in wanted:
+            if (job := jobs.get(job_id)) is not None:
+                largest[tenant] = max(largest.get(tenant, 0), weight_of(job))
+        for tenant, nbytes in largest.items():
+            nbytes = max(nbytes, self._large.pop(tenant, 0) * 7 // 8)
+            if nbytes > BYTES_OF_A_QUERY // JOBS_OF_A_QUERY:
+                self._large[tenant] = nbytes
+        if len(self._large) > _LARGE_MOST:
+            self._large.clear()
 
     async def payload(self, job_id: str, scope: TenantScope = EVERY_TENANT) -> bytes:
         """Return the serialised request of a job of the scope.
@@ -160,10 +184,21 @@ class Jobs:
         return Page(jobs, next_token)
 
 
-def _owned(document: Document | None, job_id: str, tenant: str | None) -> Document | NotFound:
-    if document is None or tenant not in (None, document["tenant"]):
+def work_of(transitions: Sized) -> int:
+    """Return the number of ordinary jobs that one with these transitions counts as in pauses."""
+    return 1 + len(transitions) // 12
+
+
+def weight_of(job: Job) -> int:
+    """Return the approximate size of a job without its request, in bytes."""
+    labels = sum(len(key) + len(value) for key, value in job.labels)
+    return 500 + 4 * labels + sum(100 + len(step.reason) for step in job.transitions)
+
+
+def _owned(job: Job | None, job_id: str, tenant: str | None) -> Job | NotFound:
+    if job is None or tenant not in (None, job.tenant):
         return NotFound(f"no job {job_id!r}")
-    return document
+    return job
 
 
 def _position(token: str, query: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from mesh.mongo import Document, translated
 from mesh.mongo_clock import Clock, milliseconds
 from mesh.process.tasks import Background, for_ever
 from services.ingest.dependencies.references import by_key
-from services.ingest.documents import WITHOUT_REQUEST, job_of
+from services.ingest.documents import LIGHT, job_of
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import FINAL, Job, State
 from services.ingest.retention.retention_repository import RetentionRepository
@@ -108,9 +108,7 @@ class JobSweep(Background):
             return False, 0
         span = {"$gt": self._swept_to.get(state, ""), "$lt": floor(max(0, milliseconds(now - shortest)))}
         with translated("finding jobs past their retention"):
-            cursor = (
-                self._jobs.find({"state": str(state), "_id": span}, WITHOUT_REQUEST).sort("_id", 1).limit(PAGE_JOBS)
-            )
+            cursor = self._jobs.find({"state": str(state), "_id": span}, LIGHT).sort("_id", 1).limit(PAGE_JOBS)
             jobs = [job_of(document) async for document in cursor]
         expired = await self._without_dependents([job for job in jobs if rules.is_expired(job, now)])
         if expired:

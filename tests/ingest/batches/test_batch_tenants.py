@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from services.ingest.batches.batch import Batch
 from services.ingest.batches.batch_turns import BatchTurns
-from services.ingest.batches.submission import Submissions
-from shoal.errors import ResourceExhausted
-from tests.breakable import until
+from services.ingest.batches.submission import SUBMITS_AT_ONCE, Submissions
+from shoal.errors import AlreadyExists, ResourceExhausted
+from shoal.ingest.v1 import ingest_pb2 as pb
+from tests.breakable import PATIENCE_S, until
 from tests.ingest.batches.conftest import BatchClient, BatchMesh
 from tests.ingest.batches.making import batch, write_lines
 
@@ -93,3 +95,44 @@ async def test_a_tenant_leaves_active_batches_to_others(active: dict[str, int], 
         return
     with pytest.raises(ResourceExhausted, match=refusal):
         await submissions._check_active(tenant)
+
+
+async def test_submits_of_one_tenant_leave_room_to_others_and_are_not_interrupted(tmp_path: Path) -> None:
+    may_end, begun, interrupted = asyncio.Event(), list[str](), list[str]()
+
+    class Slow:
+        async def find_by_key(self, tenant: str, key: str) -> Batch:
+            begun.append(tenant)
+            try:
+                await may_end.wait()
+            except asyncio.CancelledError:
+                interrupted.append(tenant)
+                raise
+            return batch(tmp_path, tenant=tenant, digest=b"another")
+
+    nothing: Any = None
+    batches: Any = Slow()
+    submissions = Submissions(
+        batches, nothing, nothing, nothing, clock=nothing, new_id=nothing, instance="", on_accepted=nothing
+    )
+
+    def submitting(tenant: str) -> asyncio.Task[tuple[Batch, bool]]:
+        request = pb.SubmitBatchRequest(
+            inputs=["file:///in.npz"], output="file:///out", model_name="m", tenant=tenant, idempotency_key="k"
+        )
+        return asyncio.create_task(submissions.submit(request))
+
+    many = [submitting("many") for _ in range(200)]
+    await until(lambda: len(begun) > 1, "they are checked")
+    other = submitting("other")
+    await until(lambda: "other" in begun, "the other tenant's is checked")
+    assert begun.count("many") == SUBMITS_AT_ONCE // 2
+    for task in many:
+        task.cancel()
+    may_end.set()
+    async with asyncio.timeout(PATIENCE_S):
+        await asyncio.gather(*many, return_exceptions=True)
+        with pytest.raises(AlreadyExists):
+            await other
+    assert all(task.cancelled() for task in many)
+    assert (interrupted, begun.count("many")) == ([], SUBMITS_AT_ONCE // 2)

@@ -6,14 +6,23 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
+import bson
 import pytest
+from bson.codec_options import CodecOptions
 from pymongo.errors import AutoReconnect
 
 from mesh.mongo import Document
 from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
 from services.ingest.documents import document_of
 from services.ingest.job import Job
-from services.ingest.queries.jobs import JOBS_OF_A_QUERY, PAYLOADS_AT_ONCE, QUERIES_AT_ONCE, Jobs
+from services.ingest.queries.jobs import (
+    BYTES_OF_A_QUERY,
+    JOBS_OF_A_QUERY,
+    PAYLOADS_AT_ONCE,
+    QUERIES_AT_ONCE,
+    Jobs,
+    weight_of,
+)
 from shoal.errors import NotFound, Unavailable
 from tests.breakable import PATIENCE_S, until
 from tests.ingest.making import job
@@ -31,13 +40,11 @@ class Reads:
         self.asked: list[list[str]] = []
         self.interrupted = 0
         self.error: Exception | None = None
+        self.labels: tuple[tuple[str, str], ...] = ()
+        self.codec_options: CodecOptions[Document] = CodecOptions(tz_aware=True)
 
-    def find(self, query: Document, projection: Document, batch_size: int) -> Reads:
-        self.asked.append(query["_id"]["$in"])
-        return self
-
-    async def to_list(self) -> list[Document]:
-        asked = self.asked[-1]
+    async def find_raw_batches(self, query: Document, projection: Document, batch_size: int) -> AsyncIterator[bytes]:
+        self.asked.append(asked := query["_id"]["$in"])
         try:
             await self.may_end.wait()
         except asyncio.CancelledError:
@@ -45,7 +52,11 @@ class Reads:
             raise
         if self.error is not None:
             raise self.error
-        return [document_of(job(id=job_id, tenant="many")) for job_id in asked if job_id != MISSING]
+        found = [document_of(self.job(job_id)) for job_id in asked if job_id != MISSING]
+        yield b"".join(map(bson.encode, found))
+
+    def job(self, job_id: str) -> Job:
+        return job(id=job_id, tenant="many", labels=self.labels)
 
 
 def ids(count: int) -> list[str]:
@@ -80,6 +91,26 @@ async def test_many_reads_share_queries_and_another_tenants_is_in_the_next_query
     assert OTHER in reads.asked[QUERIES_AT_ONCE]
     assert max(map(len, reads.asked)) == JOBS_OF_A_QUERY
     assert len(reads.asked) <= 1_001 // JOBS_OF_A_QUERY + 1 + QUERIES_AT_ONCE
+
+
+async def test_queries_of_a_tenant_with_large_jobs_have_few_until_its_jobs_are_small_again(
+    reads: Reads, jobs: Jobs
+) -> None:
+    async def read_all() -> list[int]:
+        before = len(reads.asked)
+        await asyncio.gather(*(jobs.get(job_id, TenantScope("many")) for job_id in ids(1_000)))
+        return [len(asked) for asked in reads.asked[before:]]
+
+    reads.may_end.set()
+    reads.labels = (("k", "v" * 5_000),)
+    few = BYTES_OF_A_QUERY // weight_of(reads.job(JOB))
+    assert 1 < few < JOBS_OF_A_QUERY
+    async with asyncio.timeout(PATIENCE_S):
+        # Those that begin before one has ended.
+        assert set((await read_all())[QUERIES_AT_ONCE:-1]) == {few}
+        reads.labels = ()
+        sizes = await read_all()
+    assert (sizes[0], max(sizes)) == (few, JOBS_OF_A_QUERY)
 
 
 async def test_reads_of_one_job_get_what_their_scope_may_see(reads: Reads, jobs: Jobs) -> None:
