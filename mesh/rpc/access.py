@@ -36,8 +36,9 @@ log = logging.getLogger(__name__)
 
 # Callers whose decisions are cached: as many as the gateway caches tokens. Beyond it, the cache is cleared.
 _CALLERS = 8192
-# Cached decisions of one caller, who chooses the names of models.
-_DECISIONS = 1024
+# Cached decisions of one caller, who chooses the names of models, and of all: a caller with many tokens is many callers.
+# One takes 1 kB at the most. Beyond the second number, the cache is cleared.
+_DECISIONS, _TOGETHER = 1024, 100_000
 # Callers whose addresses are remembered, and addresses of one. Beyond it, all callers are new again, and all further
 # addresses are one.
 _SIGNED_IN, _ADDRESSES = 8192, 32
@@ -77,9 +78,21 @@ def tenant_of(access: Access | None, headers: Mapping[bytes, bytes]) -> str:
 class _Known:
     """A caller and the decisions about its calls."""
 
-    __slots__ = ("_decisions", "addresses", "applicable", "caller", "inferable", "job_limits", "limits", "storable")
+    __slots__ = (
+        "_decisions",
+        "_on_kept",
+        "addresses",
+        "applicable",
+        "caller",
+        "inferable",
+        "job_limits",
+        "limits",
+        "storable",
+    )
 
-    def __init__(self, applicable: Applicable, addresses: set[bytes]) -> None:
+    def __init__(self, applicable: Applicable, addresses: set[bytes], on_kept: Callable[[], None]) -> None:
+        """`on_kept` is called for each decision that is kept."""
+        self._on_kept = on_kept
         self.applicable = applicable
         self.caller = applicable.caller
         self.addresses = addresses
@@ -104,6 +117,7 @@ class _Known:
                 self._decisions.clear()
                 self.inferable.clear()
             found = self._decisions[rpc, model] = self.applicable.decide(rpc, model)
+            self._on_kept()
             if found.allowed and rpc == MODEL_INFER and model is not None:
                 self.inferable.add(model)
         return found
@@ -135,6 +149,8 @@ class Access(Background):
         if policy is not None:
             self._set_limits(policy)
         self._callers: dict[bytes | None, _Known] = {}
+        # Decisions that were kept since the cache was cleared.
+        self._kept = 0
         self._open: dict[object, tuple[str, bytes | None, Callable[[ShoalError], None], bytes | None]] = {}
 
     def set_policy(self, policy: Policy) -> None:
@@ -315,8 +331,15 @@ class Access(Background):
             if self._policy is None:
                 raise Unavailable("this instance does not know the policy yet, and refuses every caller: retry")
             found = _verified(self._policy, caller)
-            known = self._callers[caller] = _Known(Applicable(self._policy, found), self._addresses_of(found))
+            addresses = self._addresses_of(found)
+            known = self._callers[caller] = _Known(Applicable(self._policy, found), addresses, self._count_kept)
         return known
+
+    def _count_kept(self) -> None:
+        self._kept += 1
+        if self._kept >= _TOGETHER:
+            self._kept = 0
+            self._callers.clear()
 
     async def _run(self) -> None:
         while True:

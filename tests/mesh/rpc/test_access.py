@@ -155,6 +155,17 @@ def test_many_callers_and_models_fill_no_memory(signer: Signer) -> None:
     assert len(access._callers) <= 8192
 
 
+def test_many_callers_with_many_models_each_fill_no_memory(signer: Signer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller that its issuer gives many tokens is many callers: their decisions were gigabytes."""
+    monkeypatch.setattr("mesh.rpc.access._TOGETHER", 1_000)
+    access, claims = Access(policy(signer)), claims_of(key(signer))
+    tokens = [passed({**claims, "jti": f"k-{number}"})[1].encode() for number in range(20)]
+    for number in range(200):
+        for token in tokens:
+            access.check_infer({CALLER: token}, f"m{number}")
+        assert sum(len(known._decisions) for known in access._callers.values()) <= 1_000
+
+
 def test_long_names_of_models_are_refused_in_short_words_and_not_kept(signer: Signer) -> None:
     access, ann = Access(policy(signer)), caller(signer)
     for number in range(64):
