@@ -137,7 +137,8 @@ class Scheduler:
         # The batches on workers, which `end_all` ends.
         self._running: dict[Worker, Batch] = {}
         self._was_busy = False
-        self._undelivered: DeliveryOrder[QueuedRequest] | None = DeliveryOrder() if self._rules.preserves_order else None
+        is_ordered = self._rules.preserves_order
+        self._undelivered: DeliveryOrder[QueuedRequest] | None = DeliveryOrder() if is_ordered else None
         self._is_closing = self._is_ended = False
         self._will_dispatch = False
         self._delivered_at = -math.inf
