@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from mesh.rpc.places import Places
 from services.infer.loading import privileges
 from services.infer.model_files.wanted_models import WantedVersion
-from services.infer.models import trials as module
 from services.infer.models.load_context import LoadContext
 from services.infer.models.models import Models
 from services.infer.models.trials import Trials
@@ -116,8 +116,8 @@ async def test_a_trial_whose_caller_leaves_frees_its_slot(world: World) -> None:
     assert await world.tried("m") == 1
 
 
-async def test_too_many_trials_are_refused_while_one_hangs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_TRIALS", 3)
+async def test_too_many_trials_are_refused_while_one_hangs(world: World) -> None:
+    world.trials._places = Places(3, "trial loads")
     world.has("m", onnx_files.scale(2))
     world.files.gate.clear()
     waiting = [asyncio.create_task(world.tried("m")) for _ in range(3)]
