@@ -57,6 +57,9 @@ from shoal.access.limits import Kind
 
 log = logging.getLogger(__name__)
 
+# Longest wait of a start for the first load of every pushed model; the others are served once they are loaded.
+_START_S = 60.0
+
 
 def rpcs_of(config: InferConfig, core: InferenceServer, trials: Trials, access: Access | None = None) -> list[Rpc]:
     """Return the gRPC services: the inference protocol; in a mesh the bulk calls of jobs; with the store the trials."""
@@ -138,9 +141,12 @@ async def run(config: InferConfig) -> None:
             trials.bind(registry.unregistered)
             first_attempts = _first_attempts(registry, models)
         starting = await stack.enter_async_context(_background(first_attempts))
-        await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if starting.done():
-            await starting
+        # One tenant's pushed model that loads for minutes does not keep those of all others from being served.
+        limit_s = None if config.repository is not None else _START_S
+        await asyncio.wait({starting, stopped}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        if not stopped.done():
+            if starting.done():
+                await starting
             # A process that listens receives connections. With a shared port, others respond until models are ready.
             if config.share_port:
                 await stack.enter_async_context(server)

@@ -247,13 +247,14 @@ class TrialServicer(trial_pb2_grpc.ModelTrialsServicer):
             model = store_pb2.ModelVersion.FromString(request.model)
         except DecodeError as err:
             raise InvalidArgument(f"model: it is no serialised shoal.store.v1.ModelVersion: {err}") from err
-        allow_code, behalf = True, b""
+        allow_code, behalf, tenant = True, b"", _header(context, TENANT_HEADER) or ""
         if self._access is not None:
             caller = caller_in(context)
-            if self._access.check(rpc_groups.TRY_MODEL, caller, model.name) is not None:
-                behalf = caller or b""
+            if (found := self._access.check(rpc_groups.TRY_MODEL, caller, model.name)) is not None:
+                behalf, tenant = caller or b"", found.tenant
             allow_code = self._access.allows(rpc_groups.TRY_MODEL_WITH_CODE, caller, model.name)
-        async with aclosing(self._trials.run(model, allow_code=allow_code, caller=behalf)) as begun:
+        running = self._trials.run(model, allow_code=allow_code, caller=behalf, tenant=tenant)
+        async with aclosing(running) as begun:
             async for _ in begun:
                 yield trial_pb2.TryModelResponse(instance=self._replica, pid=os.getpid())
         yield trial_pb2.TryModelResponse(instance=self._replica, pid=os.getpid(), passed=True)

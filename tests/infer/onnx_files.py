@@ -55,6 +55,29 @@ def add() -> onnx.ModelProto:
     )
 
 
+def endless() -> onnx.ModelProto:
+    """y = x, after a loop that does not end."""
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["goes"]), helper.make_node("Add", ["v", "v"], ["w"])],
+        "body",
+        [
+            helper.make_tensor_value_info("n", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("v", TensorProto.FLOAT, None),
+        ],
+        [
+            helper.make_tensor_value_info("goes", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("w", TensorProto.FLOAT, None),
+        ],
+    )
+    return model(
+        [helper.make_node("Loop", ["", "true", "x"], ["y"], body=body)],
+        [("x", TensorProto.FLOAT, ("n", 4))],
+        [("y", TensorProto.FLOAT, ("n", 4))],
+        [numpy_helper.from_array(np.array(True), "true")],
+    )
+
+
 def lookup() -> onnx.ModelProto:
     """y = table[i], of 3 entries: raises for any other index."""
     return model(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from mesh.rest.plain_json import as_json
 from services.infer.loading import model_config, onnx_graph, privileges, warmup
 from services.infer.loading.model_config import Completed
 from services.infer.model_files.wanted_models import ModelFiles, read_text
+from services.infer.model_process.python_runtime import PythonRuntime
 from services.infer.requests.signature import TensorSpec
 from services.infer.runtimes import onnx_settings
 from services.infer.runtimes.choice import Runtimes
+from services.infer.runtimes.given_up import GivenUp
 from services.infer.runtimes.reshape import ReshapedSession, reshapes_of
 from services.infer.runtimes.runtime import About, Runtime, Session, SessionOptions
 from services.infer.scheduling import rules
@@ -29,6 +32,10 @@ log = logging.getLogger(__name__)
 
 # Inputs gathered for one execution: beyond this, copying rows together costs more than one execution saves.
 _BATCH_BYTES = 64 << 20
+
+LOAD_S = 600.0
+"""Longest time of making a session, and of the warm-up: few loads run at a time, and one that never ends holds a place
+for ever."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ def load(
     version: int = 1,
     threads: int,
     clock: Callable[[], float],
-    is_given_up: Callable[[], bool] = bool,
+    given_up: GivenUp | None = None,
     digest: str = "",
     allow_code: bool = True,
     allow_remote: bool = True,
@@ -72,7 +79,7 @@ def load(
 
     Args:
         threads: threads of one execution, unless the configuration sets them.
-        is_given_up: ends the load early when it returns True, where the runtime can.
+        given_up: ends the load early once it is set, where the runtime can.
         digest: identifies the content of the files.
         allow_code: False rejects a model that runs code or reads the server's files and variables.
         allow_remote: False rejects a model on another server.
@@ -80,6 +87,7 @@ def load(
     Raises:
         FailedPrecondition: the model cannot be served; the message says why, and names the setting, tensor or file.
     """
+    given_up = given_up or GivenUp()
     text = files.config_text()
     config = model_config.parse(text)
     if config.name not in ("", name):
@@ -95,47 +103,82 @@ def load(
         privileges.check(config, runtime)
     model_config.check(config, runtime)
     labels = labels_of(config, files.folder)
-    about = About(name, version, files.folder, config, model_config.instances(config), is_given_up, digest)
+    about = About(name, version, files.folder, config, model_config.instances(config), given_up, digest)
     options = replace(_options(config, threads, runtime), about=about)
     file = _model_file(config, files, runtime)
-    session = runtime.load(file, options)
+    # A model process has a limit of its own, `load_timeout_ms`.
+    limited = nullcontext() if isinstance(runtime, PythonRuntime) else given_up.after(LOAD_S)
+    with _reporting(given_up), limited:
+        session = runtime.load(file, options)
     try:
-        sets_max_batch_size = model_config.says_max_batch_size(text)
-        config = session.completed(config, sets_max_batch_size=sets_max_batch_size)
-        sets_max_batch_size = sets_max_batch_size or session.sets_max_batch_size
-        model_config.check(config, runtime)
-        if (reshapes := reshapes_of(as_json(config))) and not session.reshapes:
-            session = ReshapedSession(session, reshapes)
-        hidden = _hidden(config)
-        model = model_config.complete(
-            config,
-            client_tensors(_inputs(session, config), hidden),
-            client_tensors(session.outputs, hidden),
-            runtime=runtime,
-            text=session.text,
-            batch_is_given=sets_max_batch_size,
-            labels=labels,
-            gpus=session.gpus,
-        )
-        if config.model_transaction_policy.decoupled:
-            return Loaded(model, session)
-        made_up = session.allows_trial_run
-        sequences = stateful.of(model.config, session, files.folder) if config.HasField("sequence_batching") else None
-        tried, cost = session if sequences is None else sequences.trial(session), CostCurve()
-        dependence = _dependence(file, runtime)
-        model = warmup.run(name, model, tried, files.folder, clock, made_up=made_up, cost=cost, dependence=dependence)
-        if sequences is not None and model.signature.max_batch_size != sequences.max_batch_size:
-            raise FailedPrecondition(
-                "sequence_batching: max_batch_size could not be guessed, since rows of the model depend on each other: "
-                "write it into config.pbtxt"
-            )
-        return Loaded(model, session, cost=cost, sequences=sequences)
+        with _reporting(given_up), given_up.after(LOAD_S), given_up.calling(session.interrupt):
+            return _warmed_up(name, session, config, text, files, file, runtime, labels, clock)
     except BaseException as err:
         session.close()
         # A future cannot carry StopIteration: its waiter would wait for ever.
         if isinstance(err, StopIteration):
             raise RuntimeError("a model's session ended an iteration that is not its own") from err
         raise
+
+
+@contextmanager
+def _reporting(given_up: GivenUp) -> Iterator[None]:
+    """Raise FailedPrecondition with the reason when the load was given up in the block, however that ends.
+
+    Interrupted runs fail with an error of their own, and the warm-up goes on after some that fail.
+    """
+    try:
+        yield
+    except Exception as err:
+        if given_up():
+            raise FailedPrecondition(given_up.reason) from err
+        raise
+    if given_up():
+        raise FailedPrecondition(given_up.reason)
+
+
+def _warmed_up(
+    name: str,
+    session: Session,
+    config: pb.ModelConfig,
+    text: str,
+    files: ModelFiles,
+    file: Path,
+    runtime: Runtime,
+    labels: Mapping[str, tuple[str, ...]],
+    clock: Callable[[], float],
+) -> Loaded:
+    """Complete the configuration, whose text is `text`, and run the model on trial."""
+    sets_max_batch_size = model_config.says_max_batch_size(text)
+    config = session.completed(config, sets_max_batch_size=sets_max_batch_size)
+    sets_max_batch_size = sets_max_batch_size or session.sets_max_batch_size
+    model_config.check(config, runtime)
+    if (reshapes := reshapes_of(as_json(config))) and not session.reshapes:
+        session = ReshapedSession(session, reshapes)
+    hidden = _hidden(config)
+    model = model_config.complete(
+        config,
+        client_tensors(_inputs(session, config), hidden),
+        client_tensors(session.outputs, hidden),
+        runtime=runtime,
+        text=session.text,
+        batch_is_given=sets_max_batch_size,
+        labels=labels,
+        gpus=session.gpus,
+    )
+    if config.model_transaction_policy.decoupled:
+        return Loaded(model, session)
+    made_up = session.allows_trial_run
+    sequences = stateful.of(model.config, session, files.folder) if config.HasField("sequence_batching") else None
+    tried, cost = session if sequences is None else sequences.trial(session), CostCurve()
+    dependence = _dependence(file, runtime)
+    model = warmup.run(name, model, tried, files.folder, clock, made_up=made_up, cost=cost, dependence=dependence)
+    if sequences is not None and model.signature.max_batch_size != sequences.max_batch_size:
+        raise FailedPrecondition(
+            "sequence_batching: max_batch_size could not be guessed, since rows of the model depend on each other: "
+            "write it into config.pbtxt"
+        )
+    return Loaded(model, session, cost=cost, sequences=sequences)
 
 
 def _dependence(file: Path, runtime: Runtime) -> str:

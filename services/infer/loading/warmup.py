@@ -47,6 +47,8 @@ _LARGEST_BYTES = 64 << 20
 _BATCHES_S = 0.2
 # Maximal size of a request: larger inputs are neither made up nor read from a sample.
 _MAX_CALL_BYTES = 256 << 20
+# Memory of an element of BYTES, without its text.
+_TEXT_BYTES = 64
 # A batch is computed in another order than a row, and on a GPU with products in TF32. For made-up data, unlike what the
 # model was trained on, that rounding reached 0.6 % of a row's largest output. It stays below this part.
 _TOLERANCE = 0.02
@@ -353,8 +355,11 @@ def _random(datatype: Datatype, shape: tuple[int, ...], rng: np.random.Generator
         bits: Tensor = (rng.random(shape, np.float32).view(np.uint32) >> 16).astype(np.uint16)
         return bits
     if datatype.dtype.kind == "f":
-        return rng.random(shape).astype(datatype.dtype)
-    return rng.integers(0, 2, shape).astype(datatype.dtype)
+        # Not in double precision: a sample of the largest size would take four times its memory.
+        return rng.random(shape, np.float64 if datatype.name == "FP64" else np.float32).astype(
+            datatype.dtype, copy=False
+        )
+    return rng.integers(0, 2, shape, datatype.dtype)
 
 
 def _with_sample_run(
@@ -382,25 +387,29 @@ def sample_inputs(sample: pb.ModelWarmup, model: Completed, folder: Path | None)
     known = model.signature.inputs_by_name
     if not model.signature.required <= sample.inputs.keys() <= known.keys():
         raise InvalidArgument(f"has inputs {sorted(sample.inputs)}, the model {sorted(known)}")
+    size = sum(_sample_bytes(name, given, known[name], rows) for name, given in sample.inputs.items())
+    if size > _MAX_CALL_BYTES:
+        raise InvalidArgument(f"its inputs have {size} bytes in {rows} rows: more than a call can carry")
     inputs = {}
     for name, given in sample.inputs.items():
-        array = _sample_input(name, given, known[name], rows, folder, model.signature.text)
+        array = _sample_input(name, given, known[name], folder, model.signature.text)
         inputs[name] = np.repeat(array[np.newaxis], rows, axis=0) if batched else array
     return inputs
 
 
-def _sample_input(
-    name: str, given: pb.ModelWarmup.Input, spec: TensorSpec, rows: int, folder: Path | None, text: bool
-) -> Tensor:
+def _sample_bytes(name: str, given: pb.ModelWarmup.Input, spec: TensorSpec, rows: int) -> int:
+    """Return the memory of an input of a sample. Raises InvalidArgument when its datatype is not the model's."""
     datatype = BY_NUMBER.get(given.data_type)
     if datatype != spec.datatype:
         raise InvalidArgument(
             f"input '{name}' is {datatype.name if datatype else 'of no type'}, the model's {spec.datatype.name}"
         )
-    shape = tuple(given.dims)
-    elements = count_elements(shape, f"input '{name}'", InvalidArgument)
-    if elements * rows * datatype.dtype.itemsize > _MAX_CALL_BYTES:
-        raise InvalidArgument(f"input '{name}' has {elements} elements in {rows} rows: more than a call can carry")
+    elements = count_elements(tuple(given.dims), f"input '{name}'", InvalidArgument)
+    return elements * rows * (_TEXT_BYTES if datatype.is_bytes else datatype.dtype.itemsize)
+
+
+def _sample_input(name: str, given: pb.ModelWarmup.Input, spec: TensorSpec, folder: Path | None, text: bool) -> Tensor:
+    datatype, shape = spec.datatype, tuple(given.dims)
     match given.WhichOneof("input_data_type"):
         case "zero_data":
             return _zero(datatype, shape, text)

@@ -90,7 +90,7 @@ class PythonRuntime:
             )
             for n, header in enumerate(headers)
         ]
-        return ProcessSession(about.name, title, instances, limits, self._call, is_given_up=about.is_given_up)
+        return ProcessSession(about.name, title, instances, limits, self._call, is_given_up=about.given_up)
 
     def _check(self, values: Mapping[str, str]) -> None:
         if "EXECUTION_ENV_PATH" in values:

@@ -110,6 +110,7 @@ class ProcessSession(Session):
             FailedPrecondition: an instance could not be loaded.
         """
         self.name, self.title, self.limits, self._call = name, title, limits, call
+        self._is_given_up = is_given_up
         self.instances = instances
         self._streams: dict[Instance, DecoupledStreams] = {}
         self._numbers = itertools.count(1)
@@ -171,7 +172,9 @@ class ProcessSession(Session):
         rows = [len(next(iter(inputs.values())))] if self._has_rows(inputs) else []
         details: list[dict[str, Any]] = [{}] if self.wants_requests else []
         arrays = {name: [array] for name, array in inputs.items()}
-        results = self.run_requests(arrays, outputs, rows, details, patience_s=_RESTARTED_S)
+        results = self.run_requests(
+            arrays, outputs, rows, details, is_wanted=lambda: not self._is_given_up(), patience_s=_RESTARTED_S
+        )
         result = (
             results[0] if len(results) == 1 else ModelFailed(f"the model sent {len(results)} results for one request")
         )

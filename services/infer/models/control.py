@@ -15,6 +15,7 @@ import asyncio
 import logging
 import tempfile
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -40,6 +41,9 @@ ALL = "*"
 # Longest wait of an unload for the requests that use the model. Afterwards the unload goes on in the background, and
 # the index shows its state.
 _UNLOAD_S = 5.0
+
+# Longest wait of a load for the ensembles that need the model.
+_FOLLOWED_S = 5.0
 
 Look = Callable[[str], WantedModel | None]
 """Reads one model from the source now. Blocking; raises nothing."""
@@ -182,7 +186,7 @@ class Control:
                 for model in models:
                     await model.is_settled.wait()
                     await model.left()
-                await self._models.followed()
+                    await self._models.followed(model.wanted.name)
         except TimeoutError:
             log.info(
                 "model %(model)s: still in use; it is unloaded after its last call",
@@ -228,8 +232,10 @@ class Control:
             raise Aborted(f"load of model '{name}': it was unloaded meanwhile, or loaded otherwise")
         if not (failure := model.failure()):
             command.beside = frozenset()
-            # Ensembles with this model as a step serve again, too.
-            await self._models.followed()
+            # Ensembles with this model as a step serve again, too. They may wait for other models.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_FOLLOWED_S):
+                    await self._models.followed(name)
             return
         # An override holds for this load only. Without one, the source's own model has failed.
         if command.override is not None:

@@ -179,12 +179,22 @@ class Models:
         if model is not None:
             await model.is_settled.wait()
 
-    async def followed(self) -> None:
-        """Wait until the ensembles reflect the models that are ready now."""
+    async def followed(self, name: str) -> None:
+        """Wait until the ensembles that need the model `name` reflect its versions that are ready now."""
         self._update_ensembles()
-        while waiting := [m for m in self._models.values() if m.needs() and not m.is_settled.is_set()]:
+        while waiting := [model for model in self._dependents(name) if not model.is_settled.is_set()]:
             await asyncio.gather(*(model.is_settled.wait() for model in waiting))
             self._update_ensembles()
+
+    def _dependents(self, name: str) -> list[Model]:
+        """Return the ensembles that need a model, directly or through other ensembles."""
+        found: dict[str, Model] = {}
+        new = {name}
+        while new:
+            nearest = {other: model for other, model in self._models.items() if not model.needs().isdisjoint(new)}
+            new = nearest.keys() - found.keys()
+            found |= nearest
+        return list(found.values())
 
     def _update_ensembles(self) -> None:
         # Repeated, because an ensemble that changes may be a step of another one.

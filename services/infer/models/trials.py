@@ -8,21 +8,22 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable, Iterable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, ExitStack
 from dataclasses import replace
 from types import TracebackType
 
 from mesh.process.tasks import end
+from mesh.rpc.places import Places
+from mesh.rpc.tenant_turns import TenantTurns
 from services.infer.ensembles.other_models import OtherModels, StepVersion
 from services.infer.model_files.wanted_models import WantedVersion
 from services.infer.models.load_context import LoadContext
 from services.infer.models.version import State, Version
-from shoal.errors import DeadlineExceeded, FailedPrecondition, ResourceExhausted, Unavailable
+from shoal.errors import DeadlineExceeded, FailedPrecondition, Unavailable
 from shoal.store.v1 import store_pb2
 
 MOST_TRIALS = 64
 """Trials that wait or run: a client that pushes a folder has fewer at a time."""
-_RETRY_AFTER_MS = 1_000
 
 Source = Callable[[store_pb2.ModelVersion, bytes], AbstractAsyncContextManager[WantedVersion]]
 """Provides an unregistered version, with its files on this machine, for a caller; empty: for a service."""
@@ -31,8 +32,8 @@ Source = Callable[[store_pb2.ModelVersion, bytes], AbstractAsyncContextManager[W
 class Trials:
     """Runs trial loads. Use as `async with`; leaving ends those in progress.
 
-    Half of the cores load versions on trial at a time, so the loads of registered models always find a core. A trial
-    whose caller leaves is cancelled, and keeps its slot until its thread or process has ended.
+    A tenant's trials have half of the cores at a time, and half as many slots again are left to others: a load may take
+    minutes. A trial whose caller leaves is cancelled, and keeps its slot until its thread or process has ended.
 
     Args:
         context: context of all loads.
@@ -41,9 +42,13 @@ class Trials:
     """
 
     def __init__(self, context: LoadContext, models: OtherModels, *, limit_s: float) -> None:
-        self._context = replace(context, other_models=_ServedModels(models))
+        half = max(1, len(os.sched_getaffinity(0)) // 2)
+        slots = half + (half + 1) // 2
+        # Trials have slots of their own: they do not delay the loads of registered models.
+        self._context = replace(context, other_models=_ServedModels(models), at_once=asyncio.Semaphore(slots))
         self._limit_s = limit_s
-        self._slots = asyncio.Semaphore(max(1, len(os.sched_getaffinity(0)) // 2))
+        self._slots = TenantTurns(slots, leaves_room=True)
+        self._places = Places(MOST_TRIALS, "trial loads")
         self._source: Source | None = None
         self._running: set[asyncio.Task[None]] = set()
 
@@ -60,12 +65,12 @@ class Trials:
         await end(*self._running)
 
     async def run(
-        self, model: store_pb2.ModelVersion, *, allow_code: bool = True, caller: bytes = b""
+        self, model: store_pb2.ModelVersion, *, allow_code: bool = True, caller: bytes = b"", tenant: str = ""
     ) -> AsyncGenerator[None, None]:
         """Try a version: yield when the trial begins, and return when the version has passed and is unloaded.
 
         `allow_code` False: also where models may run code, this one may not; nor may it be on another server.
-        `caller` must see the files; empty: nobody's right to them is checked.
+        `caller` must see the files; empty: nobody's right to them is checked. Tenants share the slots.
 
         Raises:
             FailedPrecondition: the version cannot be loaded; the message has the reason.
@@ -75,15 +80,16 @@ class Trials:
         """
         if self._source is None:
             raise Unavailable("this instance is starting: try again")
-        if len(self._running) >= MOST_TRIALS:
-            raise ResourceExhausted(f"{MOST_TRIALS} trial loads wait or run here", retry_after_ms=_RETRY_AFTER_MS)
+        place = ExitStack()
+        place.enter_context(self._places.take(tenant))
         begun = asyncio.Event()
         context = self._context if allow_code else replace(self._context, allow_code=False, allow_remote=False)
-        work = self._try(self._source(model, caller), model.name, begun, context)
+        work = self._try(self._source(model, caller), model.name, tenant, begun, context)
         trial = asyncio.create_task(work, name=f"trial-{model.name}")
         self._running.add(trial)
         trial.add_done_callback(self._running.discard)
         trial.add_done_callback(lambda _: begun.set())
+        trial.add_done_callback(lambda _: place.close())
         try:
             await begun.wait()
             if not trial.done():
@@ -96,11 +102,12 @@ class Trials:
         self,
         source: AbstractAsyncContextManager[WantedVersion],
         name: str,
+        tenant: str,
         begun: asyncio.Event,
         context: LoadContext,
     ) -> None:
         try:
-            async with asyncio.timeout(self._limit_s) as limit, source as wanted, self._slots:
+            async with asyncio.timeout(self._limit_s) as limit, source as wanted, self._slots.take(tenant):
                 begun.set()
                 await self._load(Version(name, wanted), context)
         except OSError as err:

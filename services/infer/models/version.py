@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import threading
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -31,6 +30,7 @@ from services.infer.models.objectives import Objectives
 from services.infer.models.scheduling import scheduler_of
 from services.infer.response_cache.cache import ResponseCache, ttl_s
 from services.infer.response_cache.key import ResponseKeys
+from services.infer.runtimes.given_up import GivenUp
 from services.infer.scheduling.decoupled import DecoupledScheduler
 from services.infer.scheduling.request_scheduler import RequestScheduler
 from services.infer.scheduling.statistics import Statistics
@@ -231,7 +231,7 @@ class Version:
         self._loaded = loaded
 
     async def _load_single(self, files: ModelFiles, context: LoadContext) -> Loaded:
-        given_up = threading.Event()
+        given_up = GivenUp()
         self._thread = self._loading(files, context, given_up)
         loaded = await _finished(self._thread, given_up)
         if loaded.session is not None:
@@ -276,7 +276,7 @@ class Version:
         self.objective = found = stated.of(self.name)
         self.statistics.slo_s = self._own_goal_s if found.latency_s is None else found.latency_s
 
-    def _loading(self, files: ModelFiles, context: LoadContext, given_up: threading.Event) -> asyncio.Future[Loaded]:
+    def _loading(self, files: ModelFiles, context: LoadContext, given_up: GivenUp) -> asyncio.Future[Loaded]:
         work = asyncio.to_thread(
             loading.load,
             self.name,
@@ -285,7 +285,7 @@ class Version:
             version=self.number,
             threads=context.threads,
             clock=context.clock,
-            is_given_up=given_up.is_set,
+            given_up=given_up,
             digest=self.wanted.digest,
             allow_code=context.allow_code,
             allow_remote=context.allow_remote,
@@ -404,7 +404,7 @@ def _has_sequences(loaded: Loaded) -> bool:
     return loaded.sequences is not None
 
 
-async def _finished(work: asyncio.Future[Loaded], given_up: threading.Event) -> Loaded:
+async def _finished(work: asyncio.Future[Loaded], given_up: GivenUp) -> Loaded:
     """Wait for a loading thread. When cancelled, signal the thread and close its session once it ends."""
     try:
         return await asyncio.shield(work)

@@ -53,7 +53,7 @@ class RemoteRuntime:
         dialect, declared = _DIALECTS[remote.protocol](remote), _declared(about.config, remote)
         connection = Connection(about.name, remote, dialect.fault_text)
         try:
-            return RemoteSession(about.name, remote, connection, dialect, declared, self._clock, about.is_given_up)
+            return RemoteSession(about.name, remote, connection, dialect, declared, self._clock, about.given_up)
         except BaseException:
             connection.close()
             raise

@@ -39,6 +39,10 @@ class MultiDeviceSession(Session):
     def device_sessions(self) -> Sequence[Session]:
         return self._sessions
 
+    def interrupt(self) -> None:
+        for session in self._sessions:
+            session.interrupt()
+
     def shrink(self) -> None:
         for session in self._sessions:
             session.shrink()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 
 from services.infer.runtimes import gpus, onnx_arena, onnx_devices
+from services.infer.runtimes.given_up import GivenUp
 from services.infer.runtimes.gpu_stream import GpuStreams
 from services.infer.runtimes.multi_device import MultiDeviceSession
 from services.infer.runtimes.onnx_devices import CUDA, Device
@@ -77,8 +79,11 @@ def devices(options: SessionOptions) -> list[tuple[Device, int]]:
 
 
 def _session(file: Path, options: SessionOptions, device: Device) -> Any:
+    settings = _settings(options, device)
+    given_up = options.about.given_up if options.about is not None else GivenUp()
     try:
-        session = onnxruntime.InferenceSession(str(file), _settings(options, device), providers=[*device.providers])
+        with given_up.calling(partial(settings.set_load_cancellation_flag, True)):
+            session = onnxruntime.InferenceSession(str(file), settings, providers=[*device.providers])
     # ONNX Runtime raises one class for each error code, RuntimeError, and more.
     except Exception as err:
         raise FailedPrecondition(f"ONNX Runtime cannot load {file.name}: {plain(err, file)}") from err

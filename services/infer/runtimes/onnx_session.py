@@ -131,6 +131,10 @@ class OnnxSession(Session):
         with suppress(Exception):
             run([self.outputs[0].name], {spec.name: _least(spec) for spec in self.inputs}, _shrinking())
 
+    def interrupt(self) -> None:
+        # Every node looks at this, those of loops too.
+        self._run_options.terminate = True
+
     def close(self) -> None:
         self._session = self._run = None
         return_freed_memory()
@@ -150,8 +154,6 @@ def _least(spec: TensorSpec) -> Tensor:
 
 
 def _run_options(entries: Mapping[str, str]) -> Any:
-    if not entries:
-        return None
     options = onnxruntime.RunOptions()
     for key, value in entries.items():
         options.add_run_config_entry(key, value)

@@ -8,7 +8,7 @@ Both block and are called on worker threads only. The runtimes are ONNX Runtime 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from services.infer.requests.ragged import Value
 from services.infer.requests.signature import TensorSpec
 from services.infer.requests.tensors import Tensor
+from services.infer.runtimes.given_up import GivenUp
 from services.infer.runtimes.gpu_stream import GpuStream
 
 # Model processes import this module and no protobuf.
@@ -45,8 +46,8 @@ class About:
     """The configuration before its completion."""
     instances: int = 1
     """Number of concurrent executions."""
-    is_given_up: Callable[[], bool] = bool
-    """Returns True when the model is not desired any more: loading may end early."""
+    given_up: GivenUp = field(default_factory=GivenUp)
+    """Set when the model is not desired any more, or loading takes too long: it ends early, where the runtime can."""
     digest: str = ""
     """Digest of the model's content; empty: unknown."""
 
@@ -178,6 +179,10 @@ class Session(ABC):
 
     def close(self) -> None:
         """Free the model's memory. The session must not be run after that."""
+        return
+
+    def interrupt(self) -> None:
+        """End the runs in progress, where the runtime can, and fail later ones: the load was given up. Any thread."""
         return
 
     def shrink(self) -> None:

@@ -18,8 +18,9 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from services.infer.model_process import payload, request_info
 from services.infer.model_process.channel import Message
@@ -36,6 +37,8 @@ from services.infer.scheduling.senders import Senders
 from services.infer.scheduling.statistics import Shed, Statistics
 from shoal.errors import DeadlineExceeded, Internal, ResourceExhausted, ShoalError, Unavailable
 
+T = TypeVar("T")
+
 CREDIT = 16
 """Responses of one request that may be in flight: enough to hide the handoffs, few enough to hold little memory."""
 
@@ -46,6 +49,9 @@ _RETRY_MS = 100
 
 # A tenant with a name may hold so many times the places that are free.
 _FREE_FACTOR = 8
+
+# Beyond it, reading all bytes takes longer than a handoff to a thread.
+_LONG_BYTES = 256 << 10
 
 # Time for a request to end after its caller left. Then its process is killed, unless it serves other requests.
 _CANCEL_GRACE_S = 30.0
@@ -184,9 +190,9 @@ class DecoupledScheduler:
         return Unavailable(f"model '{self._name}' is being unloaded")
 
     async def _admit(self, request: InferenceRequest, now: float, outer: OuterCall) -> _ActiveStream:
+        await self._check_poison(request)
         if self._is_closing:
             raise self._unloading_error()
-        self._check_poison(request)
         timeout_us = request.parameters.timeout_us
         expires = min(outer.deadline, now + self._default_timeout_s, now + timeout_us / 1e6 if timeout_us else math.inf)
         if expires <= now:
@@ -254,10 +260,18 @@ class DecoupledScheduler:
     def _expired_error(self) -> DeadlineExceeded:
         return DeadlineExceeded(f"Request timeout expired in the queue of model '{self._name}': it was not executed")
 
-    def _check_poison(self, request: InferenceRequest) -> None:
-        after_s = self._session.poison.rejected_for_s(request) if self._session.poison else 0.0
-        if after_s:
+    async def _check_poison(self, request: InferenceRequest) -> None:
+        poison = self._session.poison
+        if poison and (after_s := await self._fingerprinting(partial(poison.rejected_for_s, request), [request])):
             raise self._session.rejection(self._name, after_s)
+
+    def _fingerprinting(self, work: Callable[[], T], requests: Sequence[InferenceRequest]) -> asyncio.Future[T]:
+        """Do `work` that reads all bytes of some requests: on a thread, when they are large."""
+        if sum(request.size_bytes for request in requests) > _LONG_BYTES:
+            return self._loop.run_in_executor(None, work)
+        done: asyncio.Future[T] = self._loop.create_future()
+        done.set_result(work())
+        return done
 
     def _free_link(self) -> DecoupledStreams | None:
         in_flight: dict[DecoupledStreams, int] = dict.fromkeys(self._session.streams(), 0)
@@ -347,7 +361,9 @@ class DecoupledScheduler:
                 stream.events.put_nowait(err)
         if message is None or message.op == "end" or message.header.get("final") is True:
             if message is not None:
-                self._session.poison.record_success([stream.request])
+                poison = self._session.poison
+                if poison:
+                    self._fingerprinting(partial(poison.record_success, [stream.request]), [stream.request])
             self._release(stream)
 
     def _release(self, stream: _ActiveStream) -> None:
@@ -362,7 +378,8 @@ class DecoupledScheduler:
             return
         link.is_crash_recorded = True
         requests = [stream.request for stream in self._streams if stream.link is link]
-        self._session.poison.record_crash(requests, is_confirmed=link.process.is_own_crash())
+        is_confirmed = link.process.is_own_crash()
+        self._fingerprinting(partial(self._session.poison.record_crash, requests, is_confirmed=is_confirmed), requests)
 
     def _kill_overdue(self, stream: _ActiveStream) -> None:
         ms = self._session.limits.execution_s * 1000

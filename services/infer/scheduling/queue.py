@@ -4,10 +4,13 @@ WAITING ──take──> RUNNING ──> delivered
    ├──expire, discard──> removed: never executed
    └──expire, where the model delays──> WAITING, behind the others of its level
 
+Tenants take turns, by cost and weight; levels of priority order the requests of one tenant.
+
 Bounds: requests by priority level, bytes over all levels. At a bound, a request is rejected; but when several tenants
-wait, the tenant with the most queued requests loses its newest, so that no tenant can fill the queue alone. For memory,
-requests of worse levels are evicted, too. When more than a batch of one tenant waits, its connections take turns, by
-rounds of one row (or 16 KiB) of each; at the bound, the connection with the most loses its newest.
+wait, the tenant with the most queued requests (or bytes) loses its newest, so that no tenant can fill the queue alone.
+For memory, a tenant's own requests of worse levels are evicted, too. When more than a batch of one tenant waits, its
+connections take turns, by rounds of one row (or 16 KiB) of each; at the bound, the connection with the most loses its
+newest.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from operator import attrgetter
 from typing import NamedTuple, cast
 
@@ -27,18 +31,18 @@ from services.infer.scheduling.batcher import NOTHING, BatchPolicy, Decision, Ru
 from services.infer.scheduling.cost import CostCurve
 from services.infer.scheduling.deadline_heap import DeadlineHeap
 from services.infer.scheduling.delivery import PendingRequest, Receiver
-from services.infer.scheduling.fairness import TenantQueue, TenantQueues
+from services.infer.scheduling.fairness import Tenant, TenantQueue, Tenants
 from services.infer.scheduling.long_batches import LongBatches
 from services.infer.scheduling.output_sizes import UNBOUNDED, UNRESERVED_BYTES, OutputSizes
 from services.infer.scheduling.rules import Rules
-from services.infer.scheduling.stack_group import Member, StackGroup, add_in_turn, fair_order_key
+from services.infer.scheduling.stack_group import Member, StackGroup, add_in_turn, turn_key
 from shoal.errors import ResourceExhausted
 
 # Input of a request that counts as much as a row: large rows take longer than small ones.
 _ROW_BYTES = 16 << 10
 
 _RANK, _ROUND = attrgetter("rank"), attrgetter("round")
-NO_TENANT = TenantQueue("", 1.0, 0.0)
+NO_TENANT = TenantQueue(Tenant("", 1.0, 0.0))
 
 
 class QueuedRequest(PendingRequest):
@@ -70,8 +74,10 @@ class QueuedRequest(PendingRequest):
         self.size_bytes = request.size_bytes
         self.cost = request.rows + request.size_bytes // _ROW_BYTES
         """Part of the model that the request takes from its tenant and its connection, in rows."""
-        self.arrived = self.rank = arrived
-        """Seconds, on the scheduler's clock. `rank` is the time by which priority bands are merged."""
+        self.arrived = arrived
+        """Seconds, on the scheduler's clock."""
+        self.rank = 0.0
+        """Time by which the priority bands of a tenant are merged, where there are several."""
         self.deadline = self.expires = deadline
         """Useless to the caller at or after `deadline`; never started at or after `expires`."""
         self.yields_at = math.inf
@@ -89,7 +95,7 @@ class QueuedRequest(PendingRequest):
 
     @property
     def tenant(self) -> str:
-        return self.tenant_queue.tenant
+        return self.tenant_queue.tenant.name
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ class Queue:
         self._bands = self._bands_each * len(rules.levels)
         self._max_requests = tuple(level.calls or limits.calls for level in rules.levels)
         self._waiting = [0] * len(rules.levels)
-        self._tenant_queues = tuple(TenantQueues(rules.weights) for _ in range(self._bands))
+        self._tenants = Tenants(rules.weights)
         self._groups: dict[Hashable, StackGroup] = {}
         self._loads: dict[int, _Loads] = {}
         self._count = 0
@@ -181,7 +187,7 @@ class Queue:
         """
         level = queued.level
         queued.band = level * self._bands_each
-        queued.tenant_queue = self._tenant_queues[queued.band].of(tenant)
+        queued.tenant_queue = self._tenants.of(tenant, queued.band)
         evicted: Sequence[QueuedRequest] = ()
         size = self.size_bytes + queued.size_bytes
         if self._waiting[level] >= self._max_requests[level] or (size > self._limits.size_bytes and self._count):
@@ -224,7 +230,7 @@ class Queue:
         for queued in self._yielding.until(now):
             self._unlink(queued)
             queued.band += 1
-            queued.tenant_queue = self._tenant_queues[queued.band].of(queued.tenant_queue.tenant)
+            queued.tenant_queue = self._tenants.of(queued.tenant, queued.band)
             queued.round = 0.0
             self._insert(queued, now)
         expired = list(self._expiry.until(now))
@@ -245,24 +251,17 @@ class Queue:
         if queued.due < self._last_due:
             # The request goes before an unknown number of queued ones.
             return 0
+        own = self._tenants.find(tenant)
+        if own is None or not own.count:
+            return 0
         band = queued.level * self._bands_each
-        rows = sum(
-            tenant_queue.rows
-            for tenant_queues in self._tenant_queues[:band]
-            for tenant_queue in tenant_queues.waiting()
-        )
-        same_band = self._tenant_queues[band].waiting()
-        own = next((tenant_queue for tenant_queue in same_band if tenant_queue.tenant == tenant), None)
-        if own is None:
-            return rows
-        own_rows = own.rows
-        if own.is_crowded:
-            _drop_first(own)
-            own_rows = min(own_rows, bisect_right(own.order, own.next_round(queued.request.memory.sender), key=_ROUND))
+        own_rows = sum(tenant_queue.rows for better, tenant_queue in own.queues.items() if better < band)
+        if (same := own.queues.get(band)) is not None:
+            own_rows += _rows_before(same, queued)
         # While rows of the tenant run, other tenants get their shares of the instances.
-        return rows + sum(
-            min(own_rows if tenant_queue is own else tenant_queue.rows, own_rows * tenant_queue.weight / own.weight)
-            for tenant_queue in same_band
+        return sum(
+            own_rows if other is own else min(other.rows, own_rows * other.weight / own.weight)
+            for other in self._tenants.waiting()
         )
 
     def take(
@@ -369,28 +368,32 @@ class Queue:
         """Return the key of the group whose turn is next, without a policy."""
         if len(self._groups) == 1:
             return next(iter(self._groups))
-        heads = [head for tenant_queues in self._tenant_queues if (head := _band_head(tenant_queues)) is not None]
-        return min(heads, key=_RANK).request.key
+        first = self._tenants.first()
+        assert first is not None, "requests are queued"
+        return _head(first).request.key
 
     def _candidates(self) -> dict[Hashable, StackGroup]:
         """Return the groups that are considered: all, unless there are very many."""
-        if len(self._groups) <= _MAX_DECIDED_GROUPS or not self._has_goal:
+        if len(self._groups) <= _MAX_DECIDED_GROUPS:
             return self._groups
-        urgent = heapq.nsmallest(_MAX_DECIDED_GROUPS, self._groups.items(), key=lambda item: item[1].soonest())
+        if self._has_goal:
+            some = heapq.nsmallest(_MAX_DECIDED_GROUPS, self._groups.items(), key=lambda item: item[1].soonest())
+        else:
+            some = list(islice(self._groups.items(), _MAX_DECIDED_GROUPS))
         key = self._next_key()
-        return {key: self._groups[key], **dict(urgent)}
+        return {key: self._groups[key], **dict(some)}
 
     def _first_key(self, groups: dict[Hashable, StackGroup]) -> Hashable:
         """Return the key of the group whose turn is next."""
         if len(groups) == 1:
             return next(iter(groups))
-        best: dict[int, tuple[Member, Hashable]] = {}
+        best: dict[TenantQueue, tuple[Member, Hashable]] = {}
         for key, group in groups.items():
             for head in group.heads():
-                known = best.get(head.band)
-                if known is None or fair_order_key(head) < fair_order_key(known[0]):
-                    best[head.band] = head, key
-        return min(best.values(), key=_rank_of_first)[1]
+                known = best.get(head.tenant_queue)
+                if known is None or (head.due, head.arrived) < (known[0].due, known[0].arrived):
+                    best[head.tenant_queue] = head, key
+        return min(best.values(), key=_turn_of_first)[1]
 
     def _pop(self, key: Hashable, requests: list[QueuedRequest], fired: str) -> Batch:
         if self._loads:
@@ -399,28 +402,34 @@ class Queue:
         group.take(requests)
         if not group.count:
             self._spare_group = self._groups.pop(key)
+        elif len(self._groups) > _MAX_DECIDED_GROUPS:
+            # Groups that have waited for longer are considered first.
+            self._groups[key] = self._groups.pop(key)
         first = requests[0]
-        self._tenant_queues[first.band].serving(first.tenant_queue)
-        advanced_queues = {first.tenant_queue: first.band}
+        self._tenants.serving(first.tenant_queue.tenant)
+        advanced_queues = {first.tenant_queue: None}
         rows = size = 0
         for queued in requests:
             queued.is_waiting = False
             tenant_queue = queued.tenant_queue
             if tenant_queue is not first.tenant_queue:
-                advanced_queues[tenant_queue] = queued.band
+                advanced_queues[tenant_queue] = None
             tenant_queue.count -= 1
             tenant_queue.rows -= queued.rows
-            tenant_queue.virtual_time += queued.cost / tenant_queue.weight
+            tenant = tenant_queue.tenant
+            tenant.count -= 1
+            tenant.size_bytes -= queued.size_bytes
+            tenant.virtual_time += queued.cost / tenant.weight
             rows += queued.rows
             size += queued.size_bytes
             self._waiting[queued.level] -= 1
         self._count -= len(requests)
         self.rows -= rows
         self.size_bytes -= size
-        for tenant_queue, band in advanced_queues.items():
-            if tenant_queue.count:
-                self._tenant_queues[band].advanced(tenant_queue)
-            else:
+        for tenant_queue in advanced_queues:
+            if tenant_queue.tenant.count:
+                self._tenants.advanced(tenant_queue.tenant)
+            if not tenant_queue.count:
                 tenant_queue.order.clear()
                 if tenant_queue.is_crowded:
                     tenant_queue.is_crowded = False
@@ -435,7 +444,7 @@ class Queue:
             self._set_round(queued, tenant_queue)
         group = self._groups.get(queued.request.key)
         if group is None:
-            group = self._spare_group or StackGroup(self._bands, by_due=self._has_goal)
+            group = self._spare_group or StackGroup(by_due=self._has_goal)
             self._groups[queued.request.key], self._spare_group = group, None
         if self._bands > 1:
             # Distance of levels in time: a request that waits long enough overtakes later ones (`Rules.aging_s`).
@@ -445,12 +454,15 @@ class Queue:
         queued.is_waiting = True
         tenant_queue.count += 1
         tenant_queue.rows += queued.rows
+        tenant = tenant_queue.tenant
+        tenant.count += 1
+        tenant.size_bytes += queued.size_bytes
         if tenant_queue.is_crowded:
             add_in_turn(tenant_queue.order, queued)
         else:
             tenant_queue.order.append(queued)
-        if tenant_queue.count == 1:
-            self._tenant_queues[queued.band].advanced(tenant_queue)
+        if tenant.count == 1:
+            self._tenants.advanced(tenant)
         elif len(tenant_queue.order) > 2 * tenant_queue.count + _ORDER_SLACK:
             tenant_queue.order = deque(other for other in tenant_queue.order if _is_in(other, tenant_queue))
 
@@ -475,6 +487,8 @@ class Queue:
         queued.is_waiting = False
         queued.tenant_queue.count -= 1
         queued.tenant_queue.rows -= queued.rows
+        queued.tenant_queue.tenant.count -= 1
+        queued.tenant_queue.tenant.size_bytes -= queued.size_bytes
         order = queued.tenant_queue.order
         # An evicted request is the newest one: it is not searched for.
         if order[-1] is queued:
@@ -494,37 +508,62 @@ class Queue:
         """Return the requests to evict for `queued`; none when `queued` itself is to be rejected."""
         excess = self._waiting[queued.level] + 1 - self._max_requests[queued.level]
         excess_bytes = self.size_bytes + queued.size_bytes - self._limits.size_bytes
-        victims: list[QueuedRequest] = []
-        for victim in self._eviction_candidates(queued, is_short_of_bytes=excess_bytes > 0):
-            if excess <= 0 and excess_bytes <= 0:
-                break
-            victims.append(victim)
-            excess -= victim.level == queued.level
-            excess_bytes -= victim.size_bytes
-        return victims if excess <= 0 and excess_bytes <= 0 else []
+        victims: dict[QueuedRequest, None] = {}
+        if excess_bytes > 0:
+            for victim in self._candidates_for_bytes(queued):
+                if excess_bytes <= 0:
+                    break
+                victims[victim] = None
+                excess_bytes -= victim.size_bytes
+                excess -= victim.level == queued.level
+        if excess > 0:
+            for victim in self._candidates_for_calls(queued):
+                if excess <= 0:
+                    break
+                excess -= victim not in victims
+                victims[victim] = None
+        return list(victims) if excess <= 0 and excess_bytes <= 0 else []
 
-    def _eviction_candidates(self, queued: QueuedRequest, *, is_short_of_bytes: bool) -> Iterator[QueuedRequest]:
-        """Yield the requests with a weaker claim to capacity than `queued`, the weakest first."""
-        bands = range(self._bands - 1, -1, -1)
-        if is_short_of_bytes:
-            for band in bands:
-                if band // self._bands_each > queued.level:
-                    for tenant_queue in self._tenant_queues[band].waiting():
-                        yield from _newest_first(tenant_queue)
-        bands_of_level = [band for band in bands if band // self._bands_each == queued.level]
-        loads = self._loads.get(queued.level) or self._sum_loads(queued.level, bands_of_level)
-        own = loads.by_tenant.get(queued.tenant_queue.tenant)
+    def _candidates_for_bytes(self, queued: QueuedRequest) -> Iterator[QueuedRequest]:
+        """Yield the requests with a weaker claim to memory than `queued`, the weakest first.
+
+        They are the newest of the tenant with the most bytes, else those of worse levels of the request's own tenant.
+        """
+        own, loads = queued.tenant_queue.tenant, self._byte_loads()
+        after = loads.by_tenant.get(own.name, 0.0) + queued.size_bytes / own.weight
+        heaviest = self._tenants.find(loads.heaviest)
+        if heaviest is not None and heaviest is not own:
+            load = loads.by_tenant[loads.heaviest]
+            for _, tenant_queue in sorted(heaviest.queues.items(), reverse=True):
+                for victim in _newest_first(tenant_queue):
+                    if load <= after:
+                        break
+                    load -= victim.size_bytes / heaviest.weight
+                    yield victim
+        for band, tenant_queue in sorted(own.queues.items(), reverse=True):
+            if band // self._bands_each > queued.level:
+                yield from _newest_first(tenant_queue)
+        yield from _later_rounds(queued)
+
+    def _candidates_for_calls(self, queued: QueuedRequest) -> Iterator[QueuedRequest]:
+        """Yield the requests with a weaker claim to a place in the level of `queued`, the weakest first."""
+        first_band = queued.level * self._bands_each
+        bands = range(first_band + self._bands_each - 1, first_band - 1, -1)
+        loads = self._loads.get(queued.level) or self._sum_loads(queued.level, bands)
+        own = loads.by_tenant.get(queued.tenant)
         if len(loads.by_tenant) < (1 if own is None else 2):
             yield from _later_rounds(queued)
             return
         load = loads.by_tenant[loads.heaviest]
-        for band in bands_of_level:
-            heaviest = self._tenant_queues[band].find(loads.heaviest)
-            if heaviest is None or not heaviest.count:
+        heaviest = self._tenants.find(loads.heaviest)
+        assert heaviest is not None, "it has requests"
+        for band in bands:
+            tenant_queue = heaviest.queues.get(band)
+            if tenant_queue is None or not tenant_queue.count:
                 continue
-            for victim in _newest_first(heaviest):
+            for victim in _newest_first(tenant_queue):
                 # Only while the tenant holds more than that of `queued`: else both would evict each other for ever.
-                if load <= (own or 0.0) + 1 / queued.tenant_queue.weight:
+                if load <= (own or 0.0) + 1 / queued.tenant_queue.tenant.weight:
                     yield from _later_rounds(queued)
                     return
                 load -= 1 / heaviest.weight
@@ -533,11 +572,19 @@ class Queue:
     def _sum_loads(self, level: int, bands: Sequence[int]) -> _Loads:
         """Return the loads of one level, and keep them until the queue changes: rejections change nothing."""
         by_tenant: dict[str, float] = {}
-        for band in bands:
-            for tenant_queue in self._tenant_queues[band].waiting():
-                load = tenant_queue.count / tenant_queue.weight
-                by_tenant[tenant_queue.tenant] = by_tenant.get(tenant_queue.tenant, 0.0) + load
-        loads = self._loads[level] = _Loads(by_tenant, max(by_tenant, key=by_tenant.__getitem__, default=""))
+        for tenant in self._tenants.waiting():
+            count = sum(tenant.queues[band].count for band in bands if band in tenant.queues)
+            if count:
+                by_tenant[tenant.name] = count / tenant.weight
+        loads = self._loads[level] = _loads(by_tenant)
+        return loads
+
+    def _byte_loads(self) -> _Loads:
+        """Return the loads in bytes, over all levels; they are kept, too."""
+        loads = self._loads.get(_IN_BYTES)
+        if loads is None:
+            by_tenant = {each.name: each.size_bytes / each.weight for each in self._tenants.waiting()}
+            loads = self._loads[_IN_BYTES] = _loads(by_tenant)
         return loads
 
 
@@ -551,13 +598,20 @@ _MAX_DECIDED_GROUPS = 16
 
 _ORDER_SLACK = 64
 
+# Key of the loads in bytes, beside those of the levels.
+_IN_BYTES = -1
+
 
 class _Loads(NamedTuple):
-    """Queued requests of each tenant in one level, divided by the tenant's weight."""
+    """Queued requests of each tenant in one level, or their bytes in all levels, divided by the tenant's weight."""
 
     by_tenant: dict[str, float]
     heaviest: str
     """Tenant with the most; empty without any."""
+
+
+def _loads(by_tenant: dict[str, float]) -> _Loads:
+    return _Loads(by_tenant, max(by_tenant, key=by_tenant.__getitem__, default=""))
 
 
 def _is_in(queued: QueuedRequest, tenant_queue: TenantQueue) -> bool:
@@ -596,15 +650,24 @@ def _drop_first(tenant_queue: TenantQueue) -> None:
         order.popleft()
 
 
-def _band_head(tenant_queues: TenantQueues) -> QueuedRequest | None:
-    """Return the next request of one band: the first of the tenant with the least virtual time."""
-    tenant_queue = tenant_queues.first()
-    if tenant_queue is None:
-        return None
+def _head(tenant: Tenant) -> QueuedRequest:
+    """Return the next request of a tenant that has some."""
+    heads: list[QueuedRequest] = []
+    for tenant_queue in tenant.queues.values():
+        if tenant_queue.count:
+            _drop_first(tenant_queue)
+            heads.append(tenant_queue.order[0])
+    return heads[0] if len(heads) == 1 else min(heads, key=_RANK)
+
+
+def _rows_before(tenant_queue: TenantQueue, queued: QueuedRequest) -> int:
+    """Return the rows of a band that run before a request that is added to it now: a low estimate."""
+    if not tenant_queue.is_crowded:
+        return tenant_queue.rows
     _drop_first(tenant_queue)
-    found: QueuedRequest = tenant_queue.order[0]
-    return found
+    place = bisect_right(tenant_queue.order, tenant_queue.next_round(queued.request.memory.sender), key=_ROUND)
+    return min(tenant_queue.rows, place)
 
 
-def _rank_of_first(found: tuple[Member, Hashable]) -> float:
-    return found[0].rank
+def _turn_of_first(found: tuple[Member, Hashable]) -> tuple[float, float, float, float]:
+    return turn_key(found[0])

@@ -14,9 +14,9 @@ import logging
 import math
 import time
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter
 from types import TracebackType
 
 from mesh.metrics.histogram import SECONDS
@@ -25,6 +25,7 @@ from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.batcher import BatchPolicy, Wait
 from services.infer.scheduling.cost import Backlog, CostCurve, LoopCost
 from services.infer.scheduling.delivery import OutcomeQueue, Receiver
+from services.infer.scheduling.delivery_order import DeliveryOrder
 from services.infer.scheduling.execution import Executor
 from services.infer.scheduling.long_batches import LongBatches
 from services.infer.scheduling.output_sizes import UNBOUNDED, UNRESERVED_BYTES, OutputSizes
@@ -69,6 +70,8 @@ _FINE_TIMER_S = 0.005
 
 # Longest timer: event loops differ in the range of their clocks.
 _MAX_TIMER_S = 3600.0
+
+_IS_OVER = attrgetter("is_over")
 
 
 class Scheduler:
@@ -134,7 +137,8 @@ class Scheduler:
         # The batches on workers, which `end_all` ends.
         self._running: dict[Worker, Batch] = {}
         self._was_busy = False
-        self._undelivered: deque[QueuedRequest] | None = deque() if self._rules.preserves_order else None
+        is_ordered = self._rules.preserves_order
+        self._undelivered: DeliveryOrder[QueuedRequest] | None = DeliveryOrder() if is_ordered else None
         self._is_closing = self._is_ended = False
         self._will_dispatch = False
         self._delivered_at = -math.inf
@@ -237,7 +241,7 @@ class Scheduler:
         if evicted:
             self._evict(evicted)
         if self._undelivered is not None:
-            self._undelivered.append(queued)
+            self._undelivered.add(queued, queued.tenant)
         if queued.expires < self._timer_at or queued.yields_at < self._timer_at:
             self._set_timer(min(queued.expires, queued.yields_at), now)
         if self._will_dispatch or not self._idle:
@@ -271,7 +275,7 @@ class Scheduler:
             if queued.on_abandoned is not None:
                 queued.on_abandoned()
         if self._undelivered is not None:
-            self._release()
+            self._release(queued.tenant)
         return True
 
     def age_ns(self, queued: QueuedRequest) -> int:
@@ -555,7 +559,8 @@ class Scheduler:
         if tally.bisections or tally.expired_rows:
             self._statistics.tally(tally)
         if self._undelivered is not None:
-            self._release()
+            for tenant in dict.fromkeys(queued.tenant for queued in batch.requests):
+                self._release(tenant)
             return []
         return concluded
 
@@ -569,14 +574,10 @@ class Scheduler:
                     self._outputs.add(queued.request.key, queued.rows, outcome.outputs)
                     return
 
-    def _release(self) -> None:
-        """Pass on the outcomes that are next in order of arrival."""
-        undelivered = self._undelivered
-        assert undelivered is not None, "only called where order is preserved"
-        released = []
-        while undelivered and undelivered[0].is_over:
-            released.append(undelivered.popleft())
-        self._outcomes.extend(released, self._statistics.wrote)
+    def _release(self, tenant: str) -> None:
+        """Pass on the outcomes of a tenant that are next in order of arrival."""
+        assert self._undelivered is not None, "only called where order is preserved"
+        self._outcomes.extend(self._undelivered.pop_ready(tenant, _IS_OVER), self._statistics.wrote)
 
     def _count_succeeded(self, times: ExecutionTimes, count: int, arrived: float, started: float, now: float) -> None:
         self._statistics.executed(times, time.time_ns() // 1_000_000)
@@ -613,7 +614,7 @@ class Scheduler:
         if self._undelivered is None:
             self._outcomes.add(queued)
         else:
-            self._release()
+            self._release(queued.tenant)
 
     def _expire(self, now: float) -> None:
         for queued in self._queue.expire(now):

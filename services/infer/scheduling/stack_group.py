@@ -1,9 +1,9 @@
 """Stack group: queued requests that can run as one (same inputs, row shapes and outputs), in execution order.
 
-    group ──> bands, best first ──> one flow for each tenant ──> requests in order of arrival, or of due time
+    group ──> tenants ──> one flow for each band of a tenant ──> requests in order of arrival, or of due time
 
-A band holds the requests of one priority level, or those of a level that yielded. Among bands, the request with the
-least rank goes first, among tenants the one with the least virtual time (`fairness`). With one band and one tenant,
+A band holds the requests of one priority level, or those of a level that yielded. Among tenants, the one with the least
+virtual time (`fairness`) goes first; among its bands, the request with the least rank. With one band and one tenant,
 nearly always, the order is that of the one flow.
 """
 
@@ -12,11 +12,11 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Protocol, TypeAlias, TypeVar
 
-from services.infer.scheduling.fairness import TenantQueue
+from services.infer.scheduling.fairness import Tenant, TenantQueue
 
 
 class Member(Protocol):
@@ -42,18 +42,17 @@ _ARRIVED, _DUE, _RANK, _ROUND = map(attrgetter, ("arrived", "due", "rank", "roun
 class StackGroup:
     """Requests with one key. `take` removes only a front of `order`."""
 
-    __slots__ = ("_bands", "_by_due", "count", "rows", "size_bytes")
+    __slots__ = ("_by_due", "_flows", "count", "rows", "size_bytes")
 
-    def __init__(self, bands: int, *, by_due: bool) -> None:
-        self._bands: tuple[Flows[Member], ...] = tuple({} for _ in range(bands))
+    def __init__(self, *, by_due: bool) -> None:
+        self._flows: Flows[Member] = {}
         self._by_due = by_due
         self.count = self.rows = self.size_bytes = 0
 
     def add(self, queued: Member) -> None:
-        flows = self._bands[queued.band]
-        flow = flows.get(queued.tenant_queue)
+        flow = self._flows.get(queued.tenant_queue)
         if flow is None:
-            flows[queued.tenant_queue] = deque((queued,))
+            self._flows[queued.tenant_queue] = deque((queued,))
         elif self._by_due and queued.due < flow[-1].due:
             flow.insert(bisect_right(flow, queued.due, key=_DUE), queued)
         else:
@@ -64,8 +63,7 @@ class StackGroup:
 
     def remove(self, queued: Member) -> bool:
         """Remove one request from any position; return False when it is not in the group."""
-        flows = self._bands[queued.band]
-        flow = flows.get(queued.tenant_queue)
+        flow = self._flows.get(queued.tenant_queue)
         if flow is None:
             return False
         # An evicted request is the newest one: it is not searched for.
@@ -76,25 +74,23 @@ class StackGroup:
                 flow.remove(queued)
             except ValueError:
                 return False
-        self._count_removed(queued, flows, flow)
+        self._count_removed(queued, flow)
         return True
 
     def take(self, requests: Sequence[Member]) -> None:
         """Remove the first requests of `order`."""
         if len(requests) == self.count:
-            for flows in self._bands:
-                flows.clear()
+            self._flows.clear()
             self.count = self.rows = self.size_bytes = 0
             return
         for queued in requests:
-            flows = self._bands[queued.band]
-            flow = flows[queued.tenant_queue]
+            flow = self._flows[queued.tenant_queue]
             flow.popleft()
-            self._count_removed(queued, flows, flow)
+            self._count_removed(queued, flow)
 
-    def _count_removed(self, queued: Member, flows: Flows[Member], flow: deque[Member]) -> None:
+    def _count_removed(self, queued: Member, flow: deque[Member]) -> None:
         if not flow:
-            del flows[queued.tenant_queue]
+            del self._flows[queued.tenant_queue]
         self.count -= 1
         self.rows -= queued.rows
         self.size_bytes -= queued.size_bytes
@@ -102,35 +98,29 @@ class StackGroup:
     def oldest(self) -> float:
         """Return the earliest arrival. The group is not empty, and in order of arrival."""
         # Without rounds, the first request of a flow is the oldest. A group in order of due time has no use for it.
-        return min(
-            min(map(_ARRIVED, flow)) if flow[-1].round else flow[0].arrived
-            for flows in self._bands
-            for flow in flows.values()
-        )
+        return min(min(map(_ARRIVED, flow)) if flow[-1].round else flow[0].arrived for flow in self._flows.values())
 
     def soonest(self) -> float:
         """Return the earliest due time. The group is not empty, and in order of due time."""
-        return min(flow[0].due for flows in self._bands for flow in flows.values())
+        return min(flow[0].due for flow in self._flows.values())
 
     def heads(self) -> Iterator[Member]:
-        """Yield the next request of each band."""
-        for flows in self._bands:
-            if flows:
-                yield min((flow[0] for flow in flows.values()), key=fair_order_key)
+        """Yield the next request of each band of each tenant."""
+        return (flow[0] for flow in self._flows.values())
 
     def order(self) -> Iterator[Member]:
-        """Yield all requests in execution order."""
-        bands = [flows for flows in self._bands if flows]
-        if len(bands) > 1:
-            return heapq.merge(*(_fair_order(flows) for flows in bands), key=_RANK)
-        return _fair_order(bands[0]) if bands else iter(())
+        """Yield all requests in execution order: each time one of the tenant with the least virtual time."""
+        if len(self._flows) == 1:
+            return iter(*self._flows.values())
+        by_tenant: dict[Tenant, list[deque[Member]]] = {}
+        for tenant_queue, flow in self._flows.items():
+            by_tenant.setdefault(tenant_queue.tenant, []).append(flow)
+        in_order = {tenant: _by_rank(flows) for tenant, flows in by_tenant.items()}
+        return next(iter(in_order.values())) if len(in_order) == 1 else _interleaved(in_order)
 
     def front(self, max_rows: int, max_bytes: int) -> tuple[list[Member], bool]:
         """Return the first requests that may run together, at least one, and True when others remain."""
         if self.rows <= max_rows and self.size_bytes <= max_bytes:
-            flows = self._bands[0]
-            if len(self._bands) == len(flows) == 1:
-                return list(*flows.values()), False
             return list(self.order()), False
         rows = size = 0
         front: list[Member] = []
@@ -151,29 +141,30 @@ def add_in_turn(order: deque[M], queued: M) -> None:
         order.insert(bisect_right(order, queued.round, key=_ROUND), queued)
 
 
-def fair_order_key(queued: Member) -> tuple[float, float, float]:
-    """Return the sort key of a request within its band; the least runs first."""
-    return queued.tenant_queue.virtual_time, queued.due, queued.arrived
+def turn_key(queued: Member) -> tuple[float, float, float, float]:
+    """Return the sort key of the next request of a band of a tenant; the least runs first."""
+    return queued.tenant_queue.tenant.virtual_time, queued.rank, queued.due, queued.arrived
 
 
-def _fair_order(flows: Flows[Member]) -> Iterator[Member]:
+def _by_rank(flows: Sequence[Iterable[Member]]) -> Iterator[Member]:
+    """Return the requests of a tenant's bands in order."""
+    return iter(flows[0]) if len(flows) == 1 else heapq.merge(*flows, key=_RANK)
+
+
+def _interleaved(in_order: dict[Tenant, Iterator[Member]]) -> Iterator[Member]:
     """Yield the requests of all tenants, each time one of the tenant with the least virtual time."""
-    if len(flows) == 1:
-        return iter(*flows.values())
-    return _interleaved(flows)
-
-
-def _interleaved(flows: Flows[Member]) -> Iterator[Member]:
-    waiting = [
-        (*fair_order_key(flow[0]), n, tenant_queue, flow, 0) for n, (tenant_queue, flow) in enumerate(flows.items())
-    ]
+    waiting = []
+    for n, (tenant, requests) in enumerate(in_order.items()):
+        first = next(requests)
+        waiting.append((*turn_key(first), n, first, tenant, requests))
     heapq.heapify(waiting)
     while waiting:
-        virtual_time, _, _, n, tenant_queue, flow, at = waiting[0]
-        queued = flow[at]
+        virtual_time, *_, n, queued, tenant, requests = waiting[0]
         yield queued
-        if at + 1 < len(flow):
-            virtual_time, after = virtual_time + queued.cost / tenant_queue.weight, flow[at + 1]
-            heapq.heapreplace(waiting, (virtual_time, after.due, after.arrived, n, tenant_queue, flow, at + 1))
-        else:
+        after = next(requests, None)
+        if after is None:
             heapq.heappop(waiting)
+        else:
+            virtual_time += queued.cost / tenant.weight
+            entry = (virtual_time, after.rank, after.due, after.arrived, n, after, tenant, requests)
+            heapq.heapreplace(waiting, entry)

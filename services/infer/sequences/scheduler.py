@@ -11,7 +11,6 @@ import asyncio
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -21,6 +20,7 @@ from services.infer.requests.outcome import ExecutionTimes, InferenceResult, Out
 from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.batcher import Wait
 from services.infer.scheduling.delivery import OutcomeQueue, Receiver
+from services.infer.scheduling.delivery_order import DeliveryOrder
 from services.infer.scheduling.execution import Executor
 from services.infer.scheduling.output_sizes import UNBOUNDED, OutputSizes
 from services.infer.scheduling.queue import QueueLimits
@@ -87,7 +87,7 @@ class SequenceScheduler:
         # The steps on workers, by instance, which `end_all` ends.
         self._running: dict[int, Sequence[SequenceStep]] = {}
         self._id_datatype = next((c.datatype for c in settings.controls if c.kind == CORRID), None)
-        self._undelivered: deque[SequenceStep] | None = deque() if settings.preserves_order else None
+        self._undelivered: DeliveryOrder[SequenceStep] | None = DeliveryOrder() if settings.preserves_order else None
         self._will_dispatch = self._is_closing = self._is_ended = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
@@ -175,7 +175,7 @@ class SequenceScheduler:
         if step.outcome is None:
             self._statistics.cancelled += 1
             self._drop(step)
-        self._release()
+        self._release(step.tenant)
         return True
 
     def age_ns(self, step: SequenceStep) -> int:
@@ -316,7 +316,7 @@ class SequenceScheduler:
             self._statistics.expired += 1
         if not step.is_ordered:
             self._outcomes.add(step)
-        self._release()
+        self._release(step.tenant)
 
     def _order(self, steps: Sequence[SequenceStep]) -> None:
         """Give steps without a place in the order of delivery the last ones, for a model that preserves order."""
@@ -325,17 +325,17 @@ class SequenceScheduler:
         for step in steps:
             if not step.is_ordered:
                 step.is_ordered = True
-                self._undelivered.append(step)
+                self._undelivered.add(step, step.tenant)
 
-    def _release(self) -> None:
-        """Pass on the outcomes that are next in order of arrival, for a model that preserves order.
+    def _release(self, tenant: str) -> None:
+        """Pass on the outcomes of a tenant that are next in order of arrival, for a model that preserves order.
 
         A step that waits for a slot loses its place until it runs: the sequences that hold the slots may wait for the
         outcomes behind it.
         """
-        undelivered = self._undelivered
-        while undelivered and (undelivered[0].is_over or undelivered[0].waits_for_slot):
-            step = undelivered.popleft()
+        if self._undelivered is None:
+            return
+        for step in self._undelivered.pop_ready(tenant, lambda step: step.is_over or step.waits_for_slot):
             step.is_ordered = False
             if step.is_over:
                 self._outcomes.add(step)

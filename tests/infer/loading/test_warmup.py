@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from bench.siege.models import wide
-from services.infer.loading import onnx_graph, warmup
+from services.infer.loading import loading, onnx_graph, warmup
 from services.infer.models.version import State
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.infer import onnx_files
@@ -201,6 +201,27 @@ async def test_samples_of_the_configuration_must_succeed(serve, models_folder: R
         assert text in reason(served, "lookup")
     else:
         assert (await served.stub.ModelReady(pb.ModelReadyRequest(name="lookup"))).ready
+
+
+async def test_a_sample_has_no_more_bytes_than_a_call_in_all_inputs(serve, models_folder: Repository, monkeypatch):
+    monkeypatch.setattr(warmup, "_MAX_CALL_BYTES", 1 << 10)
+    config = "max_batch_size: 4 model_warmup [{ name: 'sample' %s }]"
+    inputs = "inputs { key: '%s' value { data_type: TYPE_FP32 dims: [%d] random_data: true } }"
+    for name, length in (("fits", 128), ("large", 129)):
+        sample = " ".join(inputs % (key, length) for key in "ab")
+        models_folder.put(name, onnx_files.add(), config=config % sample)
+    served = await serve(models_folder.root)
+    assert (await served.stub.ModelReady(pb.ModelReadyRequest(name="fits"))).ready
+    assert "its inputs have 1032 bytes in 1 rows: more than a call can carry" in reason(served, "large")
+
+
+async def test_a_model_whose_warm_up_never_ends_is_given_up(serve, models_folder: Repository, monkeypatch):
+    monkeypatch.setattr(loading, "LOAD_S", 0.5)
+    models_folder.put("endless", onnx_files.endless())
+    models_folder.put("double", onnx_files.scale())
+    served = await serve(models_folder.root)
+    assert reason(served, "endless") == "loading took more than 0.5 s"
+    assert (await served.stub.ModelReady(pb.ModelReadyRequest(name="double"))).ready
 
 
 async def test_types_that_numpy_lacks(serve, models_folder: Repository):

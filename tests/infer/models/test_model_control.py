@@ -76,6 +76,25 @@ async def test_explicit_serves_what_is_named(models, models_folder: Repository):
         await until(lambda: models.names() == ["b"])
 
 
+async def test_a_load_does_not_wait_for_an_ensemble_of_others(models, models_folder: Repository):
+    models_folder.put("b", onnx_files.scale())
+    models_folder.put("endless", onnx_files.endless())
+    tensors = (
+        "input { name: 'x' data_type: TYPE_FP32 dims: [-1, 4] } output { name: 'y' data_type: TYPE_FP32 dims: [-1, 4] }"
+    )
+    step = "step { model_name: 'endless' input_map { key: 'x' value: 'x' } output_map { key: 'y' value: 'y' } }"
+    folder = models_folder.root / "pipeline"
+    (folder / "1").mkdir(parents=True)
+    (folder / "config.pbtxt").write_text(f"platform: 'ensemble' {tensors} ensemble_scheduling {{ {step} }}")
+    root = models_folder.root
+    async with Control(models, partial(look, root), initially=("pipeline", "endless")) as control:
+        control.offer(scan(root))
+        await until(lambda: models.needs("pipeline") == {"endless"}, "the ensemble waits for its model")
+        await asyncio.wait_for(control.load(pb.RepositoryModelLoadRequest(model_name="b")), 30)
+        assert rows(models)["b", 1] == ("READY", "")
+        assert rows(models)["pipeline", 1][0] == "LOADING"
+
+
 async def test_explicit_may_name_all_or_none(models, models_folder: Repository):
     models_folder.put("a", onnx_files.scale())
     async with Control(models, initially=()) as control:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from mesh.rpc.places import Places
 from services.infer.loading import privileges
 from services.infer.model_files.wanted_models import WantedVersion
-from services.infer.models import trials as module
 from services.infer.models.load_context import LoadContext
 from services.infer.models.models import Models
 from services.infer.models.trials import Trials
@@ -42,7 +42,7 @@ class World:
     def has(self, name: str, model: Any, *, number: int = 1) -> None:
         self.versions[name] = self.files.version(number, model, digest=f"trial-{name}")
 
-    async def tried(self, name: str, **options: bool) -> int:
+    async def tried(self, name: str, **options: Any) -> int:
         """Try a model; return the number of messages that it has begun."""
         return len([None async for _ in self.trials.run(store_pb2.ModelVersion(name=name), **options)])
 
@@ -116,8 +116,8 @@ async def test_a_trial_whose_caller_leaves_frees_its_slot(world: World) -> None:
     assert await world.tried("m") == 1
 
 
-async def test_too_many_trials_are_refused_while_one_hangs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_TRIALS", 3)
+async def test_too_many_trials_are_refused_while_one_hangs(world: World) -> None:
+    world.trials._places = Places(3, "trial loads")
     world.has("m", onnx_files.scale(2))
     world.files.gate.clear()
     waiting = [asyncio.create_task(world.tried("m")) for _ in range(3)]
@@ -131,6 +131,36 @@ async def test_too_many_trials_are_refused_while_one_hangs(world: World, monkeyp
     await world.models.settled()
     assert states(world.models) == {7: "READY"}
     await asyncio.gather(*waiting)
+
+
+async def test_a_trial_of_a_model_that_never_ends_is_over_when_its_caller_leaves(world: World) -> None:
+    world.has("endless", onnx_files.endless())
+    world.has("good", onnx_files.scale(2))
+    trial = asyncio.create_task(world.tried("endless"))
+    await until(lambda: world.files.opened == [1], "the trial opens its files")
+    # A trial that only waits for a slot has not begun.
+    await asyncio.sleep(0.5)
+    trial.cancel()
+    await asyncio.wait({trial})
+    assert await asyncio.wait_for(world.tried("good"), 30) == 1
+
+
+async def test_the_trials_of_a_tenant_leave_a_slot_to_others(world: World) -> None:
+    for n in range(64):
+        world.has(f"m{n}", onnx_files.scale(2))
+    world.files.gate.clear()
+    flood = [asyncio.create_task(world.tried(f"m{n}", tenant="flood")) for n in range(64)]
+    await until(lambda: world.files.opened != [], "trials run")
+    refused = [each for each in flood if each.done()]
+    # Two thirds of the places are a tenant's.
+    assert 20 <= len(refused) <= 22
+    assert all(isinstance(each.exception(), ResourceExhausted) for each in refused)
+    world.has("other", onnx_files.scale(2), number=99)
+    other = asyncio.create_task(world.tried("other", tenant="other"))
+    await until(lambda: 99 in world.files.opened, "the other tenant's trial runs")
+    world.files.gate.set()
+    assert await other == 1
+    await asyncio.gather(*flood, return_exceptions=True)
 
 
 async def test_a_trial_has_a_time_limit(files: Files) -> None:

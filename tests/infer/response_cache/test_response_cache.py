@@ -76,6 +76,22 @@ def test_scheduling_parameters_do_not_change_the_key():
     assert len({key(asked) for asked in [*same, typed, of_outputs(floats(2, 2), "x")]}) == 1
 
 
+async def test_many_callers_of_a_run_go_on_a_few_in_each_iteration():
+    bench = Bench()
+    asked = [bench.ask(floats(1, 1)) for _ in range(1000)]
+    await settle()
+    assert len(bench.runs.all) == 1
+    bench.runs.finish()
+    before, steps = 0, 0
+    while before < len(asked):
+        await asyncio.sleep(0)
+        done = sum(task.done() for task in asked)
+        assert done - before <= 64
+        before, steps = done, steps + 1
+        assert steps < 1000
+    assert [task.result()[1] for task in asked].count(SHARED) == 999
+
+
 def test_every_model_version_and_configuration_has_its_own_keys():
     signature = Signature(ANY, ANY)
     made = [

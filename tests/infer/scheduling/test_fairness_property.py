@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.infer.scheduling import slo
+from services.infer.scheduling import batcher, slo
 from services.infer.scheduling.batcher import BatchPolicy, Wait
 from services.infer.scheduling.cost import CostCurve
-from services.infer.scheduling.fairness import MAX_TENANTS, TenantQueues
+from services.infer.scheduling.fairness import MAX_TENANTS, Tenants
 from services.infer.scheduling.queue import Batch, Queue, QueuedRequest, QueueLimits
 from services.infer.scheduling.rules import Level, Rules
 from shoal.errors import ResourceExhausted
@@ -77,7 +77,7 @@ def test_tenants_that_all_wait_get_rows_by_weight(sizes, weights, max_rows, late
     left = {tenant: sum(p.rows for p in pendings(to, tenant)) for tenant in sizes}
     while min(left.values()) > 0:
         for pending in take(to).requests:
-            tenant = pending.tenant_queue.tenant
+            tenant = pending.tenant
             served[tenant] += pending.rows / weight[tenant]
             left[tenant] -= pending.rows
     # The bound of start-time fair queueing: one call of each of two tenants. Whoever was there before may also be ahead
@@ -89,7 +89,7 @@ def test_tenants_that_all_wait_get_rows_by_weight(sizes, weights, max_rows, late
 
 
 def pendings(of: Queue, tenant: str) -> list[QueuedRequest]:
-    return [p for lane in of._groups.values() for p in lane.order() if p.tenant_queue.tenant == tenant]
+    return [p for lane in of._groups.values() for p in lane.order() if p.tenant == tenant]
 
 
 def test_a_late_tenant_gets_no_credit_for_the_past():
@@ -100,7 +100,7 @@ def test_a_late_tenant_gets_no_credit_for_the_past():
         take(to)
     for _ in range(10):
         add(to, "new")
-    tenants = [take(to).requests[0].tenant_queue.tenant for _ in range(10)]
+    tenants = [take(to).requests[0].tenant for _ in range(10)]
     assert tenants.count("new") == 5
 
 
@@ -110,7 +110,7 @@ def test_tenants_with_different_shapes_alternate():
         add(to, "flood", key="a")
     add(to, "late", at=1.0, key="b")
     first, second = take(to, 1.0), take(to, 1.0)
-    assert "late" in {call.tenant_queue.tenant for batch in (first, second) for call in batch.requests}
+    assert "late" in {call.tenant for batch in (first, second) for call in batch.requests}
 
 
 def test_one_tenant_cannot_fill_the_queue_for_others():
@@ -138,19 +138,59 @@ def test_requests_of_worse_levels_are_evicted_for_memory():
         add(to, level=1)
 
 
-def test_a_decision_examines_few_of_many_shapes(monkeypatch):
-    decide = Mock(wraps=slo.decide)
-    monkeypatch.setattr(slo, "decide", decide)
+def test_a_tenant_that_fills_the_memory_with_few_large_requests_does_not_shut_others_out():
+    to = queue(size_bytes=400)
+    flood = [add(to, "flood", rows=24), add(to, "flood", rows=24)]
+    assert all(add(to, "other").is_waiting for _ in range(10))
+    assert [pending.is_waiting for pending in flood] == [True, False]
+
+
+def test_requests_of_worse_levels_of_another_tenant_are_not_evicted_for_memory():
+    to = queue(rules=Rules(levels=(Level(), Level())), size_bytes=80)
+    low = [add(to, "low", level=1) for _ in range(4)]
+    for _ in range(6):
+        add(to, "high", level=0)
+    with pytest.raises(ResourceExhausted):
+        add(to, "high", level=0)
+    assert all(pending.is_waiting for pending in low)
+    # The tenant that holds more gives way, whatever its level.
+    assert add(to, "low", level=1).is_waiting
+
+
+def test_the_first_level_of_a_tenant_leaves_another_tenant_its_share():
+    to = queue(max_rows=1, rules=Rules(levels=(Level(), Level()), aging_s=math.inf))
+    for n in range(40):
+        add(to, "first", level=0, key=n % 2)
+    for n in range(20):
+        add(to, "other", level=n % 2, key=n % 2)
+    ran = [take(to).requests[0] for _ in range(40)]
+    assert [pending.tenant for pending in ran].count("other") == 20
+    # A tenant's own requests go by level.
+    assert [pending.level for pending in ran if pending.tenant == "other"] == [0] * 10 + [1] * 10
+
+
+def test_a_batch_has_requests_of_all_tenants_and_of_each_the_best_level():
+    to = queue(max_rows=4, rules=Rules(levels=(Level(), Level()), aging_s=math.inf))
+    worse = [add(to, tenant, level=1) for tenant in ("a", "a", "b", "b")]
+    better = [add(to, tenant, level=0) for tenant in ("a", "b")]
+    batch = take(to).requests
+    assert {id(each) for each in batch} == {id(each) for each in (*better, worse[0], worse[2])}
+
+
+@pytest.mark.parametrize(("policy", "decider"), [({"slo_s": 0.05}, slo), ({"delay_s": 0.05}, batcher)])
+def test_a_decision_examines_few_of_many_shapes(monkeypatch, policy, decider):
+    decide = Mock(wraps=decider.decide)
+    monkeypatch.setattr(decider, "decide", decide)
 
     def examined(shapes: int) -> int:
-        to = Queue("m", QueueLimits(), BatchPolicy(8, 1 << 20, slo_s=0.05), Rules(), CostCurve())
+        to = Queue("m", QueueLimits(), BatchPolicy(8, 1 << 20, **policy), Rules(), CostCurve())
         for shape in range(shapes):
             add(to, key=shape)
         decide.reset_mock()
-        take(to)
+        take(to, at=1.0)
         return decide.call_count
 
-    # With a goal, the 16 most urgent shapes are candidates, and the one whose turn it is.
+    # The 16 shapes that are most urgent, or have waited longest, are candidates, and the one whose turn it is.
     assert (examined(2), examined(16)) == (2, 16)
     assert 16 <= examined(300) <= 17
 
@@ -210,19 +250,19 @@ def test_idle_tenants_are_dropped():
     for n in range(5 * MAX_TENANTS):
         add(to, f"t{n}")
         take(to)
-    assert len(to._tenant_queues[0]) <= MAX_TENANTS
+    assert len(to._tenants) <= MAX_TENANTS
     for n in range(2 * MAX_TENANTS):
         add(to, f"w{n}")
-    assert len(to._tenant_queues[0]) <= MAX_TENANTS
+    assert len(to._tenants) <= MAX_TENANTS
     assert len(to) == 2 * MAX_TENANTS
     while len(to):
         take(to)
 
 
 def test_a_tenant_without_requests_does_not_wait():
-    shares = TenantQueues({})
-    assert shares.of("") is shares.of("")
-    assert shares.waiting() == []
+    tenants = Tenants({})
+    assert tenants.of("", 0) is tenants.of("", 0)
+    assert tenants.waiting() == []
 
 
 @settings(max_examples=by_form(60, 150), deadline=None)
@@ -270,14 +310,20 @@ def check(of: Queue, here: list[QueuedRequest]) -> None:
     assert (of.rows, of.size_bytes) == (sum(p.rows for p in here), sum(p.size_bytes for p in here))
     assert {id(p) for lane in of._groups.values() for p in lane.order()} == {id(p) for p in here}
     assert all(lane.rows == sum(p.rows for p in lane.order()) > 0 for lane in of._groups.values())
-    for band, shares in enumerate(of._tenant_queues):
-        waiting = shares.waiting()
-        first = shares.first()
-        assert (first is None) == (not waiting)
-        if first is not None:
-            assert first.virtual_time == min(share.virtual_time for share in waiting)
-        for share in waiting:
-            own = [p for p in here if p.tenant_queue is share]
-            assert (share.count, share.rows) == (len(own), sum(p.rows for p in own))
-            assert {id(p) for p in own} <= {id(p) for p in share.order}
-            assert all(p.band == band for p in own)
+    waiting = of._tenants.waiting()
+    first = of._tenants.first()
+    assert (first is None) == (not waiting)
+    if first is not None:
+        assert first.virtual_time == min(tenant.virtual_time for tenant in waiting)
+    for tenant in waiting:
+        own = [p for p in here if p.tenant_queue.tenant is tenant]
+        assert (tenant.count, tenant.rows, tenant.size_bytes) == (
+            len(own),
+            sum(p.rows for p in own),
+            sum(p.size_bytes for p in own),
+        )
+        for band, tenant_queue in tenant.queues.items():
+            in_band = [p for p in own if p.tenant_queue is tenant_queue]
+            assert (tenant_queue.count, tenant_queue.rows) == (len(in_band), sum(p.rows for p in in_band))
+            assert {id(p) for p in in_band} <= {id(p) for p in tenant_queue.order}
+            assert all(p.band == band for p in in_band)

@@ -237,6 +237,27 @@ def test_results_keep_the_order_of_arrival_with_preserve_ordering():
     assert [n for n, _ in run(main())] == [0, 1, 2, 3]
 
 
+def test_with_preserve_ordering_the_queue_of_a_tenant_delays_no_answer_to_another():
+    async def main():
+        bench = Bench(lambda rows: 0.1, BatchPolicy(1, 1 << 30), QueueLimits(), Rules(preserves_order=True))
+        order = []
+        async with bench.scheduler:
+
+            async def one(tenant, n):
+                await bench.scheduler.submit(call(n), tenant=tenant)
+                order.append(tenant + str(n))
+
+            flood = [asyncio.create_task(one("flood", n)) for n in range(20)]
+            await asyncio.sleep(0)
+            await one("other", 0)
+            await asyncio.gather(*flood)
+        return order
+
+    order = run(main())
+    assert order.index("other0") < 3
+    assert [each for each in order if each != "other0"] == [f"flood{n}" for n in range(20)]
+
+
 def test_a_level_that_delays_runs_what_timed_out_after_the_others():
     async def main():
         rules = Rules(levels=(Level(timeout_s=0.5, delays=True),), aging_s=math.inf)

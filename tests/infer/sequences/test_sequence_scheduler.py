@@ -418,6 +418,20 @@ def test_with_preserve_ordering_a_step_that_waits_for_a_slot_holds_no_outcome_up
     run(scene())
 
 
+def test_with_preserve_ordering_a_slow_step_of_a_tenant_delays_no_answer_to_another():
+    async def scene() -> None:
+        bench = Bench(settings(direct=False, slots=2, rows=1, preserves_order=True))
+        async with bench.scheduler:
+            await asyncio.gather(*(bench.total(step(1, start=True), tenant=tenant) for tenant in ("a", "b")))
+            flood = [later(bench.total(step(1), tenant="a")) for _ in range(10)]
+            await asyncio.sleep(0)
+            await bench.total(step(1), tenant="b")
+            assert [each.done() for each in flood].count(True) <= 2
+            await asyncio.gather(*flood)
+
+    run(scene())
+
+
 def test_states_beyond_the_memory_of_their_tenant_are_not_kept():
     async def scene() -> None:
         account = MemoryAccount(10 * 8)
