@@ -88,8 +88,8 @@ def _overload_manager(heap: int) -> dict[str, Any]:
         "refresh_interval": _REFRESH,
         "buffer_factory_config": {"minimum_account_to_track_power_of_two": _TRACKED_POWER},
         "resource_monitors": [{"name": monitor, "typed_config": {"@type": config, "max_heap_size_bytes": heap}}],
-        # Thousands of streams that send a byte each 0.9 s make progress, and hold too little to be reset. The part of the
-        # scale is the probability for each read of a connection. Clients repeat what Envoy has not begun.
+        # Thousands of streams that send a byte each 0.9 s make progress, and hold too little to be reset. The part of
+        # the scale is the probability at each read of a connection. Clients repeat what Envoy has not begun.
         "loadshed_points": [
             {
                 "name": "envoy.load_shed_points.http2_server_go_away_and_close_on_dispatch",

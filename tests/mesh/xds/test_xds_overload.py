@@ -185,11 +185,15 @@ async def test_streams_that_do_nothing_do_not_keep_the_heap_full(mesh: Mesh):
         return (await mesh.envoy.stats(IDLE_ENDS))[IDLE_ENDS] > 0
 
     async with AsyncExitStack() as stack:
-        for _ in range(4):
-            peer = await stack.enter_async_context(client(mesh))
-            for _ in range(1_000):
-                peer.data(peer.open(STREAM), message, is_end=False)
-            await peer.writer.drain()
+        peers = [await stack.enter_async_context(client(mesh)) for _ in range(4)]
+        # What is sent while the heap is full may end the connection.
+        while (pressure := (await mesh.envoy.stats(PRESSURE))[PRESSURE]) < 95:
+            for peer in peers:
+                for _ in range(30 if pressure < 85 else 3):
+                    peer.data(peer.open(STREAM), message, is_end=False)
+                await peer.writer.drain()
+            # Envoy looks at its heap after 50 ms.
+            await asyncio.sleep(0.1)
         await until(have_ended, "idle streams end")
         await until(is_served, "others are served")
     await mesh.show(mesh.instance(0, "a"), mesh.instance(1, "b"))
@@ -216,7 +220,8 @@ async def test_streams_that_send_a_byte_now_and_then_do_not_keep_the_heap_full(m
             return told(await mesh.infer("b"), "header") == "b"
         except grpc.aio.AioRpcError as err:
             # Its connection may be closed, too.
-            assert err.code() is grpc.StatusCode.UNAVAILABLE
+            if err.code() is not grpc.StatusCode.UNAVAILABLE:
+                raise
             return False
 
     async with AsyncExitStack() as stack:
