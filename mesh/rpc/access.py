@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 
 # Callers whose decisions are cached: as many as the gateway caches tokens. Beyond it, the cache is cleared.
 _CALLERS = 8192
-# Cached decisions of one caller, who chooses the names of models, and of all: a caller with many tokens is many callers.
-# One takes 1 kB at the most. Beyond the second number, the cache is cleared.
+# Cached decisions of one caller, who chooses the names of models, and of all: one with many tokens is many callers. One
+# takes 1 kB at the most. Beyond the second number, the cache is cleared.
 _DECISIONS, _TOGETHER = 1024, 100_000
 # Callers whose addresses are remembered, and addresses of one. Beyond it, all callers are new again, and all further
 # addresses are one.

@@ -223,14 +223,17 @@ function envoy_on_request(handle)
         local sequence = sequence_of(entry)
         if sequence ~= nil then handle:headers():replace("%(sequence)s", sequence) end
       end
-      -- Kept until the call ends: 100 kB of 1,000 parameters, of each of thousands of idle streams.
-      handle:streamInfo():dynamicMetadata():set("%(filter)s", field, "")
     else
       local name = values[1]
       if type(name) == "string" and #name > 0 and #name <= 255 and not string.find(name, "[^%%w%%._/-]") then
         handle:headers():replace("%(model)s", name)
         handle:clearRouteCache()
       end
+    end
+    -- Kept until the call ends, and no limit of Envoy counts it: 100 kB of 1,000 parameters, or a name of 4 MB, of each
+    -- idle stream.
+    if #values ~= 1 or type(values[1]) ~= "string" or #values[1] > 255 then
+      handle:streamInfo():dynamicMetadata():set("%(filter)s", field, "")
     end
   end
 end
