@@ -304,7 +304,7 @@ def translated(doing: str) -> Iterator[None]:
 async def decoded(
     batches: AsyncIterable[Any], collection: AsyncCollection[Document], *, at_once: int = _DECODED_AT_ONCE
 ) -> AsyncIterator[Document]:
-    """Yield the documents of raw batches (`find_raw_batches`) of a collection; other work goes on after `at_once` bytes.
+    """Yield the documents of raw batches (`find_raw_batches`) of a collection, with other work after `at_once` bytes.
 
     pymongo decodes a whole batch at once, up to 16 MB: documents with long lists would hold the event loop for 0.3 s.
     """
