@@ -301,8 +301,10 @@ def translated(doing: str) -> Iterator[None]:
         raise InvalidArgument(f"{doing}: not storable as a MongoDB document: {err}") from err
 
 
-async def decoded(batches: AsyncIterable[Any], collection: AsyncCollection[Document]) -> AsyncIterator[Document]:
-    """Yield the documents of raw batches of a collection (`find_raw_batches`); other work goes on in between.
+async def decoded(
+    batches: AsyncIterable[Any], collection: AsyncCollection[Document], *, at_once: int = _DECODED_AT_ONCE
+) -> AsyncIterator[Document]:
+    """Yield the documents of raw batches (`find_raw_batches`) of a collection, with other work after `at_once` bytes.
 
     pymongo decodes a whole batch at once, up to 16 MB: documents with long lists would hold the event loop for 0.3 s.
     """
@@ -314,7 +316,7 @@ async def decoded(batches: AsyncIterable[Any], collection: AsyncCollection[Docum
             yield bson.decode(batch[position : position + size], collection.codec_options)
             position += size
             passed += size
-            if passed >= _DECODED_AT_ONCE:
+            if passed >= at_once:
                 passed = 0
                 await asyncio.sleep(0)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta, tzinfo
+from datetime import UTC, date, datetime, timedelta, tzinfo
 from itertools import islice, takewhile
 from zoneinfo import ZoneInfo
 
@@ -23,6 +23,9 @@ from shoal.errors import InvalidArgument
 EXPRESSION_CHARS = 200
 ZONE_CHARS = 64
 _SECOND = timedelta(seconds=1)
+# Days that the search for one time looks at, some microseconds each: 29 February on a given weekday takes 1,173 at the
+# most, any other time fewer. Without a limit, an expression without a time would take the days of 50 years.
+_MOST_DAYS = 1_300
 # Longer than clocks are set back.
 _FOLD = timedelta(hours=3)
 
@@ -99,9 +102,27 @@ def _last_between(expression: str, zone: tzinfo, first: datetime, last: datetime
     return next(iter(deque(times, maxlen=1)), None)
 
 
+class _Times(CronSim):
+    """Times of an expression, until none is found within _MOST_DAYS."""
+
+    _days = 0
+
+    def __next__(self) -> datetime:
+        self._days = 0
+        time: datetime = super().__next__()
+        return time
+
+    def match_day(self, d: date) -> bool:
+        self._days += 1
+        if self._days > _MOST_DAYS:
+            raise StopIteration
+        matches: bool = super().match_day(d)
+        return matches
+
+
 def _times(expression: str, zone: tzinfo, after: datetime) -> Iterator[datetime]:
     try:
-        times = CronSim(expression, after.astimezone(zone))
+        times = _Times(expression, after.astimezone(zone))
     except (CronSimError, ValueError) as err:
         fields = "expected 5 fields (minute, hour, day of month, month, day of week), or 6 with seconds first"
         raise InvalidArgument(f"cron: {expression[:80]!r}: {_message(err, fields)}") from err

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import datetime
 
 from mesh.process.pauses import Pauses
@@ -34,19 +37,21 @@ class SchedulesRpc:
         self._scopes = scopes
         self._lists = TenantTurns(_LISTS_AT_ONCE, leaves_room=True)
         self._pauses = Pauses()
+        self._searches = TenantTurns(1)
 
     async def PutSchedule(self, request: pb.PutScheduleRequest, context: Context) -> pb.PutScheduleResponse:
         scope = self._scopes.of(context, "PutSchedule")
         request.schedule.tenant = scope.owner("schedule.tenant", request.schedule.tenant)
         caller = checked_caller(scope, request.schedule.job.request.model_name)
-        requested = schedule_of(request.schedule, self._schedules.now(), caller)
+        async with self._search(request.schedule.tenant):
+            requested = schedule_of(request.schedule, self._schedules.now(), caller)
         schedule = await self._schedules.put(requested, replaces=request.replace)
-        return pb.PutScheduleResponse(schedule=message_of(schedule, self._schedules.now()))
+        return pb.PutScheduleResponse(schedule=await self._schedule_message(schedule))
 
     async def GetSchedule(self, request: pb.GetScheduleRequest, context: Context) -> pb.GetScheduleResponse:
         tenant = self._scopes.of(context, "GetSchedule").owner("tenant", request.tenant)
         schedule = await self._schedules.get(tenant, checked_name(request.name))
-        return pb.GetScheduleResponse(schedule=message_of(schedule, self._schedules.now()))
+        return pb.GetScheduleResponse(schedule=await self._schedule_message(schedule))
 
     async def ListSchedules(self, request: pb.ListSchedulesRequest, context: Context) -> pb.ListSchedulesResponse:
         scope = self._scopes.of(context, "ListSchedules")
@@ -63,12 +68,26 @@ class SchedulesRpc:
     async def PauseSchedule(self, request: pb.PauseScheduleRequest, context: Context) -> pb.PauseScheduleResponse:
         tenant = self._scopes.of(context, "PauseSchedule").owner("tenant", request.tenant)
         schedule = await self._schedules.pause(tenant, checked_name(request.name), not request.resume)
-        return pb.PauseScheduleResponse(schedule=message_of(schedule, self._schedules.now()))
+        return pb.PauseScheduleResponse(schedule=await self._schedule_message(schedule))
 
     async def RemoveSchedule(self, request: pb.RemoveScheduleRequest, context: Context) -> pb.RemoveScheduleResponse:
         tenant = self._scopes.of(context, "RemoveSchedule").owner("tenant", request.tenant)
         schedule = await self._schedules.remove(tenant, checked_name(request.name))
-        return pb.RemoveScheduleResponse(schedule=message_of(schedule, self._schedules.now()))
+        return pb.RemoveScheduleResponse(schedule=await self._schedule_message(schedule))
+
+    async def _schedule_message(self, schedule: Schedule) -> pb.Schedule:
+        async with self._search(schedule.tenant):
+            return message_of(schedule, self._schedules.now())
+
+    @asynccontextmanager
+    async def _search(self, tenant: str) -> AsyncIterator[None]:
+        """Search for times in the block: one call does in an iteration of the event loop, and tenants take turns.
+
+        The times of a rare expression take some milliseconds.
+        """
+        async with self._searches.take(tenant):
+            await asyncio.sleep(0)
+            yield
 
 
 def message_of(schedule: Schedule, now: datetime, upcoming: int = _UPCOMING) -> pb.Schedule:

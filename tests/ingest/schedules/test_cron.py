@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import pytest
+from cronsim import CronSim
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -108,6 +109,31 @@ def test_the_latest_in_years_is_found_in_few_steps(expression: str, last: str, m
     # Those of three hours, of which each may have 3,600.
     assert steps < 12_000
     assert cron.latest(expression, UTC, now - timedelta(hours=5), now) is None
+
+
+@pytest.mark.parametrize("expression", ["0 0 */31 * MON#2", "0 0 */31 2 MON#2", "* * * */16 * SAT#2"])
+@pytest.mark.parametrize("zone", ["", "Europe/Paris"])
+def test_an_expression_without_a_time_is_refused_after_few_days(
+    expression: str, zone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at = 0
+
+    def counted(times: Any, day: date) -> bool:
+        nonlocal looked_at
+        looked_at += 1
+        return matches(times, day)
+
+    matches = CronSim.match_day
+    monkeypatch.setattr(CronSim, "match_day", counted)
+    with pytest.raises(InvalidArgument, match="no next time"):
+        cron.checked(expression, zone)
+    assert looked_at <= 1_300
+
+
+def test_the_rarest_times_are_found() -> None:
+    # A Sunday, the 29th of February: 2100 has none.
+    found = cron.upcoming("0 0 29 2 */7", UTC, at("2027-01-01T00:00"), 6)
+    assert [time.year for time in found] == [2032, 2060, 2088, 2128, 2156, 2184]
 
 
 @pytest.mark.parametrize(

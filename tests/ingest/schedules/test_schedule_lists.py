@@ -11,6 +11,7 @@ import pytest
 from mesh.rpc.tenant_scope import Scopes
 from services.ingest.schedules import rpc
 from services.ingest.schedules.schedule import Schedule
+from shoal.errors import InvalidArgument
 from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.breakable import PATIENCE_S, until
 from tests.ingest.schedules.test_plan import NOON, schedule
@@ -73,3 +74,30 @@ async def test_a_list_of_schedules_goes_on_when_its_client_leaves() -> None:
     await asyncio.wait([call])
     assert call.cancelled()
     assert events == ["begins", "ends"]
+
+
+async def test_searches_for_times_take_turns_with_other_work_and_by_tenant(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def refused(message: pb.Schedule, *more: object) -> Schedule:
+        order.append(message.tenant)
+        raise InvalidArgument("cron: no next time")
+
+    monkeypatch.setattr(rpc, "schedule_of", refused)
+    served = rpc.SchedulesRpc(cast(Any, Kept()), Scopes("shoal.ingest.v1.IngestService"))
+
+    async def bystander() -> None:
+        while True:
+            order.append(" ")
+            await asyncio.sleep(0)
+
+    other = asyncio.create_task(bystander())
+    requests = [pb.PutScheduleRequest(schedule={"tenant": tenant}) for tenant in ("m",) * 50 + ("o",)]
+    async with asyncio.timeout(PATIENCE_S):
+        puts = (served.PutSchedule(request, cast(Any, NoContext())) for request in requests)
+        found = await asyncio.gather(*puts, return_exceptions=True)
+    other.cancel()
+    assert {type(each) for each in found} == {InvalidArgument}
+    runs = "".join(order).split()
+    assert max(map(len, runs)) == 1
+    assert runs.index("o") <= 2
