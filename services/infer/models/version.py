@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from types import TracebackType
 
 from mesh.rpc.tail_spans import SLOW_S
@@ -218,7 +220,7 @@ class Version:
                 )
 
     async def _load(self, context: LoadContext) -> None:
-        async with context.at_once:
+        async with context.at_once.take(self.wanted.tenant):
             files = await self._resources.enter_async_context(self.wanted.open())
             self.graph = await asyncio.to_thread(graphs.read, self.name, files)
             loaded = await self._load_single(files, context) if self.graph is None else None
@@ -277,7 +279,7 @@ class Version:
         self.statistics.slo_s = self._own_goal_s if found.latency_s is None else found.latency_s
 
     def _loading(self, files: ModelFiles, context: LoadContext, given_up: GivenUp) -> asyncio.Future[Loaded]:
-        work = asyncio.to_thread(
+        load = partial(
             loading.load,
             self.name,
             files,
@@ -290,7 +292,11 @@ class Version:
             allow_code=context.allow_code,
             allow_remote=context.allow_remote,
         )
-        return asyncio.ensure_future(work)
+        # A thread of its own: loads that take minutes leave those of the event loop's pool to others.
+        thread = ThreadPoolExecutor(1, f"load-{self.name}")
+        work = asyncio.get_running_loop().run_in_executor(thread, load)
+        thread.shutdown(wait=False)
+        return work
 
     def _caching(self, loaded: Loaded, context: LoadContext, ttl: float) -> ResponseCache:
         config, signature = loaded.model.config, loaded.model.signature
