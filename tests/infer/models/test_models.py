@@ -144,6 +144,15 @@ async def test_the_loads_of_a_tenant_leave_a_place_to_others(models, files):
     assert len(models.names()) == 9
 
 
+async def test_the_load_of_a_model_that_is_removed_ends(models, files):
+    models.want([wanted(files.version(1, onnx_files.endless()))])
+    await until(lambda: files.opened == [1])
+    # Its thread runs, and would for ten minutes.
+    await asyncio.sleep(0.5)
+    models.want([])
+    await until(lambda: not models.knows("m"))
+
+
 async def test_a_version_that_fails_does_not_take_the_old_one_away(models, files):
     one, two = files.version(1, onnx_files.scale(1)), files.version(2, onnx_files.unservable())
     models.want([wanted(one)])
