@@ -58,7 +58,7 @@ from shoal.access.limits import Kind
 log = logging.getLogger(__name__)
 
 # Longest wait of a start for the first load of every pushed model; the others are served once they are loaded.
-_START_S = 60.0
+_START_S = 30.0
 
 
 def rpcs_of(config: InferConfig, core: InferenceServer, trials: Trials, access: Access | None = None) -> list[Rpc]:

@@ -138,17 +138,21 @@ class StoreRpc(ArtifactRpc):
                     each = self._registry.each(versions)
                     readable = tuple([version async for version in each if scope.allows(LIST_MODELS, version.name)])
                     # A change of a model that the caller may not read is none for it.
-                    response = None if readable == shown else await self._snapshot(readable)
+                    response = None if readable == shown else await self._snapshot(readable, scope.tenant)
                 shown = readable
                 if response is not None:
                     yield response
                 # A watch keeps no message while nothing changes.
                 del response, versions
 
-    async def _snapshot(self, versions: Iterable[Version]) -> pb.WatchModelsResponse:
+    async def _snapshot(self, versions: Iterable[Version], tenant: str | None) -> pb.WatchModelsResponse:
+        """Return the message for a caller of `tenant`; only services, which have none, see the tenants of versions."""
         response = pb.WatchModelsResponse()
         async for version in self._registry.each(versions):
-            response.snapshot.add().CopyFrom(_version(version))
+            message = _version(version)
+            if not tenant:
+                message.tenant = version.tenant
+            response.snapshot.add().CopyFrom(message)
         return response
 
     async def RecordAudit(self, request: pb.RecordAuditRequest, ctx: Context) -> pb.RecordAuditResponse:

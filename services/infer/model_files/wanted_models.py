@@ -49,6 +49,8 @@ class WantedVersion:
     """Digest of the content: another digest is another model."""
     open: Callable[[], AbstractAsyncContextManager[ModelFiles]] = field(compare=False)
     """Provides the verified files until the block ends. Raises ShoalError or OSError."""
+    tenant: str = field(default="", compare=False)
+    """Tenant that registered the version; empty when none is known. Tenants share the loads at a time."""
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mesh.h2.memory_account import MemoryAccount, TenantShares
+from mesh.rpc.tenant_turns import TenantTurns
 from services.infer.ensembles.other_models import OtherModels
 from services.infer.models.objectives import Objectives
 from services.infer.response_cache.store import DEFAULT_BYTES, ResponseStore
@@ -25,6 +25,11 @@ def identity(model: str, execution: Execution) -> Executor:
     return execution
 
 
+def load_turns(loads: int) -> TenantTurns:
+    """Return turns of which one tenant alone has `loads` at a time: half as many again are left to others."""
+    return TenantTurns(loads + (loads + 1) // 2, leaves_room=True)
+
+
 @dataclass(frozen=True)
 class LoadContext:
     """Parts that every version is loaded and run with."""
@@ -33,8 +38,8 @@ class LoadContext:
     threads: int
     """Threads of one execution, unless the model's configuration sets them."""
     limits: QueueLimits
-    at_once: asyncio.Semaphore
-    """Bounds the loads at the same time, because loading takes cores and memory."""
+    at_once: TenantTurns
+    """Bounds the loads at the same time, because loading takes cores and memory, and may take minutes."""
     clock: Callable[[], float] = time.monotonic
     responses: ResponseStore = field(default_factory=ResponseStore)
     """Results of all models with a response cache."""
@@ -74,7 +79,7 @@ class LoadContext:
             runtime,
             threads or cores,
             limits,
-            asyncio.Semaphore(cores),
+            load_turns(cores),
             responses=responses,
             states=TenantShares(MemoryAccount(state_bytes)),
             wrap_execution=wrap_execution,

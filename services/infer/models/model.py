@@ -68,6 +68,10 @@ class Model:
         """
         self.is_settled.clear()
         self.wanted = wanted
+        for version in self.loading:
+            # A newer version does not end the load of the former one: after each of many pushes, one is served.
+            if version.number not in wanted.available:
+                version.given_up.set()
         self._is_again |= again
         self._choose_default()
         self._rewanted.set()

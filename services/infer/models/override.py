@@ -174,7 +174,7 @@ class Override:
 
     def _configured(self, version: WantedVersion) -> WantedVersion:
         opener = partial(_with_config, version, self.given_config)
-        return WantedVersion(version.version, f"{version.digest}+{self.digest}", opener)
+        return WantedVersion(version.version, f"{version.digest}+{self.digest}", opener, version.tenant)
 
     def release(self) -> None:
         """End the override, and release its folder."""

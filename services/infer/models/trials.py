@@ -17,7 +17,7 @@ from mesh.rpc.places import Places
 from mesh.rpc.tenant_turns import TenantTurns
 from services.infer.ensembles.other_models import OtherModels, StepVersion
 from services.infer.model_files.wanted_models import WantedVersion
-from services.infer.models.load_context import LoadContext
+from services.infer.models.load_context import LoadContext, load_turns
 from services.infer.models.version import State, Version
 from shoal.errors import DeadlineExceeded, FailedPrecondition, Unavailable
 from shoal.store.v1 import store_pb2
@@ -42,12 +42,10 @@ class Trials:
     """
 
     def __init__(self, context: LoadContext, models: OtherModels, *, limit_s: float) -> None:
-        half = max(1, len(os.sched_getaffinity(0)) // 2)
-        slots = half + (half + 1) // 2
         # Trials have slots of their own: they do not delay the loads of registered models.
-        self._context = replace(context, other_models=_ServedModels(models), at_once=asyncio.Semaphore(slots))
+        self._context = replace(context, other_models=_ServedModels(models), at_once=TenantTurns(MOST_TRIALS))
         self._limit_s = limit_s
-        self._slots = TenantTurns(slots, leaves_room=True)
+        self._slots = load_turns(max(1, len(os.sched_getaffinity(0)) // 2))
         self._places = Places(MOST_TRIALS, "trial loads")
         self._source: Source | None = None
         self._running: set[asyncio.Task[None]] = set()

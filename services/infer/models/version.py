@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from types import TracebackType
 
 from mesh.rpc.tail_spans import SLOW_S
@@ -72,6 +74,8 @@ class Version:
     """Only for a model whose configuration enables it."""
     decoupled: DecoupledScheduler | None = None
     """In place of the scheduler, for a model that sends any number of responses to a request."""
+    given_up: GivenUp = field(default_factory=GivenUp)
+    """Set to end the load, in thread or queue: it fails with the reason."""
     graph: Graph | None = None
     """Steps of an ensemble, once its configuration is read."""
     _resolved: Resolved = ()
@@ -218,7 +222,9 @@ class Version:
                 )
 
     async def _load(self, context: LoadContext) -> None:
-        async with context.at_once:
+        async with context.at_once.take(self.wanted.tenant):
+            if self.given_up():
+                raise FailedPrecondition(self.given_up.reason)
             files = await self._resources.enter_async_context(self.wanted.open())
             self.graph = await asyncio.to_thread(graphs.read, self.name, files)
             loaded = await self._load_single(files, context) if self.graph is None else None
@@ -231,9 +237,8 @@ class Version:
         self._loaded = loaded
 
     async def _load_single(self, files: ModelFiles, context: LoadContext) -> Loaded:
-        given_up = GivenUp()
-        self._thread = self._loading(files, context, given_up)
-        loaded = await _finished(self._thread, given_up)
+        self._thread = self._loading(files, context)
+        loaded = await _finished(self._thread, self.given_up)
         if loaded.session is not None:
             # In a thread: a model's own finalizer may take long.
             self._resources.push_async_callback(asyncio.to_thread, loaded.session.close)
@@ -276,8 +281,8 @@ class Version:
         self.objective = found = stated.of(self.name)
         self.statistics.slo_s = self._own_goal_s if found.latency_s is None else found.latency_s
 
-    def _loading(self, files: ModelFiles, context: LoadContext, given_up: GivenUp) -> asyncio.Future[Loaded]:
-        work = asyncio.to_thread(
+    def _loading(self, files: ModelFiles, context: LoadContext) -> asyncio.Future[Loaded]:
+        load = partial(
             loading.load,
             self.name,
             files,
@@ -285,12 +290,16 @@ class Version:
             version=self.number,
             threads=context.threads,
             clock=context.clock,
-            given_up=given_up,
+            given_up=self.given_up,
             digest=self.wanted.digest,
             allow_code=context.allow_code,
             allow_remote=context.allow_remote,
         )
-        return asyncio.ensure_future(work)
+        # A thread of its own: loads that take minutes leave those of the event loop's pool to others.
+        thread = ThreadPoolExecutor(1, f"load-{self.name}")
+        work = asyncio.get_running_loop().run_in_executor(thread, load)
+        thread.shutdown(wait=False)
+        return work
 
     def _caching(self, loaded: Loaded, context: LoadContext, ttl: float) -> ResponseCache:
         config, signature = loaded.model.config, loaded.model.signature

@@ -219,7 +219,7 @@ class Registry:
     async def _read(self, versions: list[pb.ModelVersion]) -> _Read:
         by_number = {version.version: version for version in versions}
         stable = next((v.version for v in versions if STABLE in v.aliases), None)
-        there = {n: WantedVersion(n, v.content_digest, self._opener(v)) for n, v in by_number.items()}
+        there = {n: WantedVersion(n, v.content_digest, self._opener(v), v.tenant) for n, v in by_number.items()}
         is_certain = True
         try:
             text = await self._config_text(versions[-1])

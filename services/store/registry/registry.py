@@ -61,6 +61,8 @@ class Version:
     created_at: datetime
     labels: tuple[tuple[str, str], ...]
     aliases: tuple[str, ...]
+    tenant: str = ""
+    """Tenant whose share of the registry it takes; empty for none."""
 
 
 @dataclass(frozen=True)
@@ -356,4 +358,5 @@ def _version(doc: Document, aliases: list[str]) -> Version:
         created_at=doc["created_at"],
         labels=tuple((label["key"], label["value"]) for label in doc["labels"]),
         aliases=tuple(sorted(aliases)),
+        tenant=doc.get("tenant", ""),
     )

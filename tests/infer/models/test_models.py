@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -125,6 +127,30 @@ async def test_a_new_version_takes_over_without_a_failed_call(models, files):
     await asyncio.gather(*callers)
     with pytest.raises(NotFound):
         models.find("m", "1")
+
+
+async def test_the_loads_of_a_tenant_leave_a_place_to_others(models, files):
+    files.gate.clear()
+    flood = [replace(files.version(n, onnx_files.scale(2)), tenant="flood") for n in range(1, 9)]
+    other = replace(files.version(99, onnx_files.scale(2)), tenant="other")
+    models.want([replace(wanted(version), name=f"m{version.version}") for version in flood])
+    await until(lambda: files.opened != [])
+    models.want_one(replace(wanted(other), name="other"))
+    await until(lambda: 99 in files.opened)
+    cores = len(os.sched_getaffinity(0))
+    assert len(files.opened) <= min(cores, 8) + 1
+    files.gate.set()
+    await models.settled()
+    assert len(models.names()) == 9
+
+
+async def test_the_load_of_a_model_that_is_removed_ends(models, files):
+    models.want([wanted(files.version(1, onnx_files.endless()))])
+    await until(lambda: files.opened == [1])
+    # Its thread runs, and would for ten minutes.
+    await asyncio.sleep(0.5)
+    models.want([])
+    await until(lambda: not models.knows("m"))
 
 
 async def test_a_version_that_fails_does_not_take_the_old_one_away(models, files):
