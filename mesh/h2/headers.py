@@ -23,7 +23,7 @@ import pylsqpack
 
 from mesh.h2.frames import ConnectionBroken, Reason
 from mesh.h2.static_table import STATIC_TABLE
-from shoal.tenant_header import CONNECTION_HEADER
+from shoal.tenant_header import CONNECTION_HEADER, CUT_HEADER
 
 Fields = Sequence[tuple[bytes, bytes]]
 
@@ -85,7 +85,7 @@ LATER = Block((), is_malformed=True)
 
 _CONNECTION = CONNECTION_HEADER.encode()
 
-_LENGTH = b"content-length"
+_LENGTH, _CUT = b"content-length", CUT_HEADER.encode()
 # More than 64 bits have.
 _LENGTH_DIGITS = 20
 
@@ -303,7 +303,7 @@ class Decoder:
         found = Block(fields, size, is_malformed=is_malformed, connection_at=connection_at)
         if found.has_repeated_names:
             found.is_malformed = is_malformed or len(dict(fields[:pseudo])) != pseudo
-        if _LENGTH in found.by_name:
+        if _LENGTH in found.by_name and _CUT not in found.by_name:
             lengths = {*found.values(_LENGTH)}
             length = lengths.pop()
             if not lengths and length.isdigit() and len(length) <= _LENGTH_DIGITS:

@@ -80,11 +80,13 @@ class Share:
         has_clients: the holder is a tenant whose clients divide the share: bytes are added in the share of a client.
     """
 
-    __slots__ = ("_account", "by_client", "held")
+    __slots__ = ("_account", "by_client", "held", "unfinished")
 
     def __init__(self, account: MemoryAccount, *, has_clients: bool = False) -> None:
         self._account = account
         self.held = 0
+        self.unfinished = 0
+        """Requests of a tenant behind Envoy whose bodies have not ended."""
         self.by_client: dict[bytes, int] | None = {} if has_clients else None
         """Bytes of the clients that hold some, which are `held` together."""
 

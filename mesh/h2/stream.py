@@ -128,6 +128,7 @@ class ServerStream:
         "held",
         "idle_ticks",
         "is_request_ended",
+        "is_unfinished",
         "kept",
         "least_held",
         "left",
@@ -168,6 +169,8 @@ class ServerStream:
         """Method, path and headers of the request."""
         self.is_request_ended = is_request_ended
         """True when the whole body has arrived."""
+        self.is_unfinished = False
+        """True while the share counts the request as one whose body has not ended."""
         self.left = head.body_bytes
         """Bytes of the body that are still to come; None where the head announces no length."""
         self.received = 0
@@ -236,8 +239,15 @@ class ServerStream:
             self.withheld -= returned
             self._connection.return_credit(returned)
 
+    def count_as_finished(self) -> None:
+        """Stop counting the request as one whose body has not ended: it has, or need not."""
+        if self.is_unfinished:
+            self.is_unfinished = False
+            self.share.unfinished -= 1
+
     def release_all(self) -> None:
         """Release what the stream holds. Called at its end."""
+        self.count_as_finished()
         held, self.held, self.least_held = self.held, 0, 0
         self._own_share.remove(held)
         if self.withheld:

@@ -259,6 +259,9 @@ class _Messages:
         """Set the compression, and whether the call is unary. Called before the first message is read."""
         self._encoding = encoding or b""
         self._is_single = is_single
+        # A stream of messages may stay open for ever.
+        if not is_single:
+            self._stream.count_as_finished()
         self._deframer = Deframer(encoding, self._app.message_bytes)
 
     def add(self, piece: bytes, size: int, *, is_end: bool) -> None:

@@ -47,6 +47,7 @@ from mesh.xds.routes import (
 )
 from mesh.xds.tracing import OTEL, Tracing, connection_manager_tracing
 from shoal.access.caller_header import CALLER_HEADER, JOB_RETRY_HEADER, SERVICE
+from shoal.tenant_header import CUT_HEADER
 
 GATEWAY = "gateway"
 OUTBOUND = "outbound"
@@ -139,7 +140,24 @@ local function count(scan, text)
   scan.kept = at <= size and sub(text, at) or ""
 end
 
--- Read the next piece of a body. Return true when the message, the first one of a stream, needs no further scan.
+-- Keep the begin of a message at the end of a piece, `at` bytes of which are of the first message. The extraction would
+-- lose it: it gives on what is whole, and later pieces as they are.
+local function cut(scan, chunk, size, at, handle)
+  while size - at >= 5 do
+    local _, a, b, c, d = byte(chunk:getBytes(at, 5), 1, 5)
+    local stop = at + 5 + ((a * 256 + b) * 256 + c) * 256 + d
+    if stop > size then break end
+    at = stop
+  end
+  if at < size then
+    scan.tail = chunk:getBytes(at, size - at)
+    -- It makes the length of a piece the length of the request, also of one that is sent again.
+    chunk:setBytes(chunk:getBytes(0, at))
+    handle:streamInfo():dynamicMetadata():set("%(filter)s", "cut", true)
+  end
+end
+
+-- Read the next piece of a body. Return true when the message, the first one of a stream, has arrived.
 local function read(scan, chunk, handle)
   if scan.is_refused then
     chunk:setBytes("")
@@ -169,14 +187,21 @@ local function read(scan, chunk, handle)
     chunk:setBytes(from == 0 and "\\255\\0\\0\\0\\0" or "")
     return false
   end
-  return scan.head >= scan.stop
+  if scan.seen < scan.stop then return false end
+  cut(scan, chunk, size, scan.stop - from, handle)
+  return true
 end
 
 function envoy_on_request(handle)
   if sub(handle:headers():get("content-type") or "", 1, 16) ~= "application/grpc" then return end
   local scan = {seen = 0, head = 0, kept = "", fields = 0, parameters = 0, copied = 0}
   for chunk in handle:bodyChunks() do
-    if chunk:length() > 0 and read(scan, chunk, handle) then return end
+    local size = chunk:length()
+    if scan.tail then
+      chunk:setBytes(scan.tail .. chunk:getBytes(0, size))
+      return
+    end
+    if size > 0 and read(scan, chunk, handle) and not scan.tail then return end
   end
   if scan.seen > 0 then return end
   local status, message = "3", "the request has no message"
@@ -215,6 +240,7 @@ local function sequence_of(entry)
 end
 
 function envoy_on_request(handle)
+  if handle:streamInfo():dynamicMetadata():get("%(body_filter)s") then handle:headers():replace("%(cut)s", "1") end
   local found = handle:streamInfo():dynamicMetadata():get("%(filter)s")
   if found == nil then return end
   for field, values in pairs(found) do
@@ -472,6 +498,8 @@ def _lua(table: RouteTable) -> list[dict[str, Any]]:
     }
     code = _LUA % {
         "filter": EXTRACTION_FILTER,
+        "body_filter": BODY_FILTER,
+        "cut": CUT_HEADER,
         "model": MODEL_HEADER,
         "sequence": SEQUENCE_HEADER,
         "parameters": table.models.parameters,

@@ -142,6 +142,8 @@ def shares_hold(*fronts: Front) -> tuple[int, int]:
                 client = stream.client or b""
                 by_client[client] = by_client.get(client, 0) + stream.held
         assert tenant.by_client == by_client
+        assert tenant.unfinished == sum(stream.is_unfinished for stream in streams if stream.share is tenant)
+    assert not any(stream.is_unfinished and stream.is_request_ended for stream in streams)
     for tenant in memory.unread_of_tenants.by_tenant.values():
         assert tenant.by_client is not None
         assert sum(tenant.by_client.values()) == tenant.held
@@ -374,6 +376,35 @@ async def end(fronts: list[Front]) -> None:
         front.app.threads.close()
         assert shares_hold(*fronts) == (front.memory.bodies.held, front.memory.unread.held)
     assert (fronts[0].memory.bodies.held, fronts[0].memory.unread.held) == (0, 0)
+
+
+async def test_a_tenant_has_a_number_of_requests_behind_an_envoy_whose_bodies_have_not_ended(monkeypatch):
+    """Each takes memory of the Envoy, which all tenants share."""
+    monkeypatch.setattr(server_connection, "_MOST_UNFINISHED", 4)
+    fronts = envoys_connections()
+    first, second, message = fronts[0], fronts[1], framed(bytes(9))
+
+    async def begun(front: Front, path: str, tenant: str) -> int | None:
+        number = front.open(path, tenant, client=1)
+        await front.settle()
+        front.data(number, message[:7], is_end=False)
+        return number if number in front.connection._streams else None
+
+    # A stream of messages may stay open.
+    assert all([await begun(first, STREAM, "hog") for _ in range(6)])
+    halves = [(front, await begun(front, path, "hog")) for front in (first, second) for path in (FAST, SLOW)]
+    assert all(number for _, number in halves)
+    assert [await begun(front, path, "hog") for front in (first, second) for path in (FAST, SLOW)] == [None] * 4
+    assert first.memory.bodies.refused == 4
+    assert await begun(first, FAST, "other")
+    front, number = halves[0]
+    front.data(number, message[7:], is_end=True)
+    second.feed(frames.rst_stream(halves[2][1], Reason.CANCEL))
+    await front.settle()
+    assert await begun(second, FAST, "hog")
+    assert await begun(first, FAST, "hog")
+    assert await begun(first, FAST, "hog") is None
+    await end(fronts)
 
 
 async def test_a_tenant_has_one_share_of_requests_over_all_connections_of_an_envoy():

@@ -9,6 +9,7 @@ import socket
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, ExitStack
+from itertools import pairwise
 from pathlib import Path
 
 import grpc
@@ -16,6 +17,7 @@ import pytest
 import pytest_asyncio
 
 from mesh.xds import routes
+from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
 from shoal.node.envoy_overload import CONNECTIONS
 from tests.breakable import until
@@ -156,6 +158,40 @@ async def test_what_is_extracted_of_a_message_has_a_limit(mesh: Mesh):
             await call
     # Of each tensor, Envoy only passes the bytes on.
     assert told(await mesh.infer("steps", size=limit + 1), "replica") == "infer-1"
+
+
+async def test_the_messages_of_a_stream_arrive_whole_wherever_they_are_cut(mesh: Mesh):
+    """Envoy's extraction lost the begin of a message that came in one piece with the end of the first one."""
+    sizes = (1, 60, 2, 40_000)
+    messages = [framed(request("a", size).SerializeToString()) for size in sizes]
+    body, first, second = b"".join(messages), len(messages[0]), len(messages[0] + messages[1])
+    third = second + len(messages[2])
+
+    def call(*cuts: int) -> list[int]:
+        pieces = [body[begin:end] for begin, end in pairwise((0, *cuts, len(body)))]
+        with Connection(mesh.envoy.gateway) as connection:
+            answer = connection.call(pieces, STREAM)
+        assert answer.status == 0, (cuts, answer.message)
+        found = [pb.ModelStreamInferResponse.FromString(each).infer_response for each in answer.messages]
+        return [response.parameters["bytes"].int64_param for response in found]
+
+    cuts = [(at,) for at in (*range(1, third + 6), 16_384, 20_000, len(body) - 1)]
+    cuts += [(), (3, first + 2, first + 4), (first - 1, second + 3, third + 1), (5, third + 5), tuple(range(1, third))]
+    for each in cuts:
+        assert await asyncio.to_thread(call, *each) == list(sizes), each
+
+
+async def test_what_follows_the_message_of_a_unary_call_is_refused(mesh: Mesh):
+    """Less than a message was dropped."""
+    message = framed(request("a").SerializeToString())
+
+    def call(rest: bytes) -> Answer:
+        with Connection(mesh.envoy.gateway) as connection:
+            return connection.call([message + rest])
+
+    for rest in (b"\0", b"\0\0\0\0", message[:-1], message):
+        answer = await asyncio.to_thread(call, rest)
+        assert (answer.status, answer.data) == (3, b""), answer
 
 
 async def test_an_idle_stream_keeps_no_long_name_of_a_model(mesh: Mesh):
