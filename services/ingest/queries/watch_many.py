@@ -25,12 +25,14 @@ from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import OperationFailure
 
 from mesh import change_tokens
-from mesh.mongo import Document, next_change, translated
+from mesh.mongo import Document, decoded, next_change, translated
+from mesh.process.pauses import Pauses
 from mesh.rpc.places import Places
 from services.ingest.documents import WITHOUT_REQUEST, job_of
 from services.ingest.job import Job
 from services.ingest.job_scan import ScanPage, scan
 from services.ingest.queries.filters import JobFilter
+from services.ingest.queries.jobs import weight_of
 from services.ingest.queries.watch import as_of
 from services.ingest.ulid import is_ulid
 from shoal.errors import InvalidArgument, Unavailable
@@ -39,6 +41,11 @@ _AWAIT_MS = 1_000
 # An idle watch sends a token this often: a token older than MongoDB's log is useless.
 _HEARTBEAT_S = 10.0
 _LISTED_AT_ONCE = 200
+# Changes of one answer of MongoDB, which holds the job of each: with large jobs, answers of 16 MB for each of 100
+# watches took gigabytes here and of MongoDB. While changes come one by one, so do the answers.
+_CHANGES_AT_ONCE = 8
+# Bytes of jobs after which a watch lets the others go on.
+_PAUSED_AFTER = 16 << 10
 # Maximum transitions of a new job; two at most, today.
 _MOST_AT_ONCE = 10
 
@@ -70,6 +77,7 @@ class WatchMany:
     def __init__(self, jobs: AsyncCollection[Document], max_watches: int) -> None:
         self._jobs = jobs
         self._places = Places(max_watches, "watches")
+        self._pauses = Pauses()
 
     async def follow(self, filter_: JobFilter, *, existing: bool, token: str) -> AsyncGenerator[WatchUpdate, None]:
         """Yield a first token, then the existing jobs (with `existing`, unless `token` is past them), then transitions.
@@ -86,9 +94,14 @@ class WatchMany:
         if existing if position is None else position.listed is not None:
             _check_listed(filter_)
         with self._places.take(filter_.tenant), translated("watching jobs"):
+            passed = 0
             async for update in self._updates(filter_, position, existing):
+                passed += 0 if update.job is None else weight_of(update.job)
                 yield update
                 del update
+                if passed >= _PAUSED_AFTER:
+                    passed = 0
+                    await self._pauses.pause()
 
     async def _updates(
         self, filter_: JobFilter, position: StreamPosition | None, existing: bool
@@ -121,7 +134,8 @@ class WatchMany:
         if not filter_.ids:
             return await scan(self._jobs, filter_.query(), _LISTED_AT_ONCE, after=after, order=1)
         query = {"$and": [filter_.query(), {"_id": {"$gt": after}}]}
-        found = await self._jobs.find(query, WITHOUT_REQUEST).sort("_id", 1).limit(_LISTED_AT_ONCE).to_list()
+        batches = self._jobs.find_raw_batches(query, WITHOUT_REQUEST).sort("_id", 1).limit(_LISTED_AT_ONCE)
+        found = [document async for document in decoded(batches, self._jobs)]
         return ScanPage(found, found[-1]["_id"] if len(found) == _LISTED_AT_ONCE else None)
 
     async def _changed(self, filter_: JobFilter, position: StreamPosition) -> AsyncGenerator[WatchUpdate, None]:
@@ -144,7 +158,11 @@ class WatchMany:
     async def _stream(self, pipeline: list[Document], after: Document | None) -> AsyncChangeStream[Document]:
         try:
             return await self._jobs.watch(
-                pipeline, full_document="updateLookup", resume_after=after, max_await_time_ms=_AWAIT_MS
+                pipeline,
+                full_document="updateLookup",
+                resume_after=after,
+                max_await_time_ms=_AWAIT_MS,
+                batch_size=_CHANGES_AT_ONCE,
             )
         except OperationFailure as err:
             raise change_tokens.client_error(err) from err

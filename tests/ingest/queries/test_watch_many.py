@@ -5,20 +5,24 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections import defaultdict
+from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
+from pymongo import AsyncMongoClient
 from pymongo.asynchronous.collection import AsyncCollection
+from pymongo.monitoring import CommandFailedEvent, CommandListener, CommandStartedEvent, CommandSucceededEvent
 
 from mesh.mongo import Document
 from services.ingest import job_scan
+from services.ingest.documents import JOBS as COLLECTION
 from services.ingest.documents import document_of
 from services.ingest.queries.filters import checked
-from services.ingest.queries.watch_many import WatchMany
+from services.ingest.queries.watch_many import WatchMany, WatchUpdate
 from shoal.ingest.v1 import ingest_pb2 as pb
-from tests.breakable import until
+from tests.breakable import PATIENCE_S, until
 from tests.ingest.conftest import StartIngest
 from tests.ingest.faults import Client, FakeMesh, echo, failing, reached
 from tests.ingest.making import job
@@ -279,3 +283,70 @@ async def test_kills_of_those_who_tell_lose_nothing(own_mesh: FakeMesh, start_in
     watching.cancel()
     for client in clients:
         await client.channel.close()
+
+
+class Answers(CommandListener):
+    """The number of changes in each answer of MongoDB."""
+
+    def __init__(self) -> None:
+        self.changes: list[int] = []
+
+    def started(self, event: CommandStartedEvent) -> None: ...
+
+    def succeeded(self, event: CommandSucceededEvent) -> None:
+        if event.command_name == "getMore":
+            self.changes.append(len(event.reply["cursor"]["nextBatch"]))
+
+    def failed(self, event: CommandFailedEvent) -> None: ...
+
+
+async def test_an_answer_of_mongodb_has_few_changes_however_many_there_are(
+    jobs: AsyncCollection[Document], mongo_uri: str, mongo_database: str
+) -> None:
+    answers, made = Answers(), [job(tenant="t") for _ in range(50)]
+    client: AsyncMongoClient[Document]
+    async with AsyncMongoClient(mongo_uri, event_listeners=[answers], tz_aware=True) as client:
+        watch = WatchMany(client[mongo_database][COLLECTION], 1)
+        filter_ = checked((), frozenset(), "", "t", {})
+        async with aclosing(watch.follow(filter_, existing=False, token="")) as updates:
+            token = (await anext(updates)).token
+            await jobs.insert_many([document_of(one) for one in made])
+        async with aclosing(watch.follow(filter_, existing=False, token=token)) as updates:
+            await anext(updates)
+            told = [update.job.id async for update in first(updates, 50) if update.job is not None]
+    assert told == [one.id for one in made]
+    assert 1 < max(answers.changes) <= 8
+
+
+async def first(updates: AsyncIterator[WatchUpdate], count: int) -> AsyncIterator[WatchUpdate]:
+    for _ in range(count):
+        yield await anext(updates)
+
+
+async def test_watches_of_large_jobs_take_turns_with_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    large, order = job(labels=(("k", "v" * 5_000),)), list[str]()
+
+    async def updates(*given: object) -> AsyncIterator[WatchUpdate]:
+        for _ in range(30):
+            order.append("w")
+            yield WatchUpdate("", large)
+
+    watches = WatchMany(cast(Any, None), 3)
+    monkeypatch.setattr(watches, "_updates", updates)
+
+    async def follow() -> None:
+        async for _ in watches.follow(checked((), frozenset(), "", "", {}), existing=False, token=""):
+            pass
+
+    async def bystander() -> None:
+        while True:
+            order.append(" ")
+            await asyncio.sleep(0)
+
+    other = asyncio.create_task(bystander())
+    async with asyncio.timeout(PATIENCE_S):
+        await asyncio.gather(*(follow() for _ in range(3)))
+    other.cancel()
+    assert order.count("w") == 90
+    # At most the first one of each.
+    assert max(map(len, "".join(order).split())) <= 3
