@@ -17,28 +17,49 @@ separate connection pool, so that jobs never lack connections.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
+import pymongo
 from pymongo.asynchronous.change_stream import AsyncChangeStream
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import OperationFailure
 
 from mesh import change_tokens
-from mesh.mongo import Document, next_change, translated
+from mesh.mongo import Document, decoded, next_change, translated
+from mesh.process.pauses import Pauses
 from mesh.rpc.places import Places
+from mesh.rpc.tenant_turns import TenantTurns
 from services.ingest.documents import WITHOUT_REQUEST, job_of
 from services.ingest.job import Job
 from services.ingest.job_scan import ScanPage, scan
 from services.ingest.queries.filters import JobFilter
+from services.ingest.queries.jobs import weight_of
 from services.ingest.queries.watch import as_of
 from services.ingest.ulid import is_ulid
 from shoal.errors import InvalidArgument, Unavailable
 
+T = TypeVar("T")
+
 _AWAIT_MS = 1_000
+# A watch that resumes far back in the log gets no answer until MongoDB has read the log up to a change that matches, or
+# to its end: some 100,000 changes a second of a core.
+_BEHIND_AWAIT_MS = 10
+_BEHIND_S = 1_800.0
+READS_AT_ONCE = 4
+"""Reads of the log by watches that are behind, and of pages of existing jobs."""
+# MongoDB notices within this time that a client has left.
+_NOTICED_S = 0.5
 # An idle watch sends a token this often: a token older than MongoDB's log is useless.
 _HEARTBEAT_S = 10.0
 _LISTED_AT_ONCE = 200
+# Changes of one answer of MongoDB, which holds the job of each: with large jobs, answers of 16 MB for each of 100
+# watches took gigabytes here and of MongoDB. While changes come one by one, so do the answers.
+_CHANGES_AT_ONCE = 8
+# Bytes of jobs after which a watch lets the others go on.
+_PAUSED_AFTER = 16 << 10
 # Maximum transitions of a new job; two at most, today.
 _MOST_AT_ONCE = 10
 
@@ -70,6 +91,8 @@ class WatchMany:
     def __init__(self, jobs: AsyncCollection[Document], max_watches: int) -> None:
         self._jobs = jobs
         self._places = Places(max_watches, "watches")
+        self._pauses = Pauses()
+        self._turns = TenantTurns(READS_AT_ONCE, leaves_room=True)
 
     async def follow(self, filter_: JobFilter, *, existing: bool, token: str) -> AsyncGenerator[WatchUpdate, None]:
         """Yield a first token, then the existing jobs (with `existing`, unless `token` is past them), then transitions.
@@ -86,9 +109,14 @@ class WatchMany:
         if existing if position is None else position.listed is not None:
             _check_listed(filter_)
         with self._places.take(filter_.tenant), translated("watching jobs"):
+            passed = 0
             async for update in self._updates(filter_, position, existing):
+                passed += 0 if update.job is None else weight_of(update.job)
                 yield update
                 del update
+                if passed >= _PAUSED_AFTER:
+                    passed = 0
+                    await self._pauses.pause()
 
     async def _updates(
         self, filter_: JobFilter, position: StreamPosition | None, existing: bool
@@ -106,7 +134,7 @@ class WatchMany:
     async def _listed(self, filter_: JobFilter, position: StreamPosition) -> AsyncGenerator[WatchUpdate, None]:
         after = position.listed or ""
         while True:
-            page = await self._existing(filter_, after)
+            page = await self._in_turn(filter_.tenant, partial(self._existing, filter_, after))
             for document in page.documents:
                 after = document["_id"]
                 yield WatchUpdate(_token(replace(position, listed=after), filter_), job_of(document), is_existing=True)
@@ -121,30 +149,66 @@ class WatchMany:
         if not filter_.ids:
             return await scan(self._jobs, filter_.query(), _LISTED_AT_ONCE, after=after, order=1)
         query = {"$and": [filter_.query(), {"_id": {"$gt": after}}]}
-        found = await self._jobs.find(query, WITHOUT_REQUEST).sort("_id", 1).limit(_LISTED_AT_ONCE).to_list()
+        batches = self._jobs.find_raw_batches(query, WITHOUT_REQUEST).sort("_id", 1).limit(_LISTED_AT_ONCE)
+        found = [document async for document in decoded(batches, self._jobs)]
         return ScanPage(found, found[-1]["_id"] if len(found) == _LISTED_AT_ONCE else None)
 
     async def _changed(self, filter_: JobFilter, position: StreamPosition) -> AsyncGenerator[WatchUpdate, None]:
         loop = asyncio.get_running_loop()
         sent_at, log, skipped = loop.time(), position.log, position.reported
-        async with await self._stream(filter_.pipeline(), log) as stream:
-            while stream.alive:
-                change = await _next(stream)
-                if change is not None and (views := _views(change, filter_)):
-                    for number, view in enumerate(views[skipped:], skipped + 1):
-                        is_last = number == len(views)
-                        after = StreamPosition(change["_id"]) if is_last else StreamPosition(log, reported=number)
-                        yield WatchUpdate(_token(after, filter_), view)
-                    sent_at, log, skipped = loop.time(), change["_id"], 0
-                elif change is None and loop.time() >= sent_at + _HEARTBEAT_S and _token_of(stream) != log:
-                    sent_at, log = loop.time(), _token_of(stream)
-                    yield WatchUpdate(_token(StreamPosition(log, reported=skipped), filter_))
-        raise Unavailable("MongoDB ended the watch: watch again with the last token")
+        newest = log
+        for is_behind in (True, False):
+            async with await self._opened(filter_, newest, is_behind=is_behind) as stream:
+                while stream.alive:
+                    change = await self._next(filter_.tenant, stream, is_behind=is_behind)
+                    newest = _token_of(stream) if change is None else change["_id"]
+                    if change is not None and (views := _views(change, filter_)):
+                        for number, view in enumerate(views[skipped:], skipped + 1):
+                            is_last = number == len(views)
+                            after = StreamPosition(newest) if is_last else StreamPosition(log, reported=number)
+                            yield WatchUpdate(_token(after, filter_), view)
+                        sent_at, log, skipped = loop.time(), newest, 0
+                    elif change is None and loop.time() >= sent_at + _HEARTBEAT_S and newest != log:
+                        sent_at, log = loop.time(), newest
+                        yield WatchUpdate(_token(StreamPosition(log, reported=skipped), filter_))
+                    if change is None and is_behind:
+                        break
+                else:
+                    raise Unavailable("MongoDB ended the watch: watch again with the last token")
 
-    async def _stream(self, pipeline: list[Document], after: Document | None) -> AsyncChangeStream[Document]:
+    async def _opened(self, filter_: JobFilter, after: Document, *, is_behind: bool) -> AsyncChangeStream[Document]:
+        """Return the stream of changes after `after`, which may be far behind, or near the end of the log."""
+        if not is_behind:
+            return await self._stream(filter_.pipeline(), after)
+        return await self._in_turn(
+            filter_.tenant, lambda: self._stream(filter_.pipeline(), after, await_ms=_BEHIND_AWAIT_MS)
+        )
+
+    async def _next(self, tenant: str, stream: AsyncChangeStream[Document], *, is_behind: bool) -> Document | None:
+        """Return the next change; None when there is none yet."""
+        return await self._in_turn(tenant, lambda: _next(stream)) if is_behind else await _next(stream)
+
+    async def _in_turn(self, tenant: str, read: Callable[[], Awaitable[T]]) -> T:
+        """Return what `read` reads of many jobs or changes. Tenants take turns."""
+        async with self._turns.take(tenant):
+            with pymongo.timeout(_BEHIND_S):
+                try:
+                    return await read()
+                except asyncio.CancelledError:
+                    # MongoDB reads on until it notices that nobody waits.
+                    await asyncio.sleep(_NOTICED_S)
+                    raise
+
+    async def _stream(
+        self, pipeline: list[Document], after: Document | None, *, await_ms: int = _AWAIT_MS
+    ) -> AsyncChangeStream[Document]:
         try:
             return await self._jobs.watch(
-                pipeline, full_document="updateLookup", resume_after=after, max_await_time_ms=_AWAIT_MS
+                pipeline,
+                full_document="updateLookup",
+                resume_after=after,
+                max_await_time_ms=await_ms,
+                batch_size=_CHANGES_AT_ONCE,
             )
         except OperationFailure as err:
             raise change_tokens.client_error(err) from err
