@@ -133,6 +133,18 @@ async def got(served: Served, who: dict[str, Any], data: bytes) -> bytes:
     return b"".join([message.chunk async for message in call])
 
 
+async def test_services_alone_see_who_registered_a_version(served: Served) -> None:
+    await served.put(served.acme, MODEL)
+    await served.register(served.acme, "shared", model_onnx=MODEL)
+    for who, seen in (({"metadata": AS_SERVICE}, "acme"), (served.acme, ""), (served.globex, "")):
+        watch = served.stub.WatchModels(pb.WatchModelsRequest(), **who)
+        (version,) = (await watch.read()).snapshot
+        assert version.tenant == seen
+        watch.cancel()
+    (listed,) = (await served.stub.ListModels(pb.ListModelsRequest(), **served.acme)).models
+    assert listed.tenant == ""
+
+
 async def test_equal_bytes_of_two_tenants_are_stored_once_and_sent_by_each(served: Served) -> None:
     assert not (await served.put(served.acme, MODEL)).existed
     await refused(served.stub.StatArtifact(stat(MODEL), **served.globex), S.NOT_FOUND)

@@ -79,9 +79,9 @@ def devices(options: SessionOptions) -> list[tuple[Device, int]]:
 
 
 def _session(file: Path, options: SessionOptions, device: Device) -> Any:
-    settings = _settings(options, device)
     given_up = options.about.given_up if options.about is not None else GivenUp()
     try:
+        settings = _settings(options, device)
         with given_up.calling(partial(settings.set_load_cancellation_flag, True)):
             session = onnxruntime.InferenceSession(str(file), settings, providers=[*device.providers])
     # ONNX Runtime raises one class for each error code, RuntimeError, and more.
