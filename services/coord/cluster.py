@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mesh.cluster.election import LEADER, Leader, leader_of
 from mesh.cluster.membership import Instance, State, view_of
-from mesh.cluster.mirror import Copy
+from mesh.cluster.mirror import Copy, Mirror
 from services.coord.drains import DrainMark, drained, marks_of
 
 PREFIX = b"/shoal/"
@@ -51,3 +51,22 @@ def cluster_of(copy: Copy) -> Cluster:
         copy.revision,
         copy.stale,
     )
+
+
+class LiveCluster:
+    """View of a mirror's copy. A copy of hundreds of instances takes milliseconds to parse: each is parsed once."""
+
+    def __init__(self, mirror: Mirror) -> None:
+        self._mirror = mirror
+        self._latest = mirror.copy, cluster_of(mirror.copy)
+
+    @property
+    def now(self) -> Cluster:
+        """View of the latest copy."""
+        return self.of(self._mirror.copy)
+
+    def of(self, copy: Copy) -> Cluster:
+        """Return the view of `copy`, which was the latest one a moment ago."""
+        if self._latest[0] is not copy:
+            self._latest = copy, cluster_of(copy)
+        return self._latest[1]

@@ -6,6 +6,7 @@ check requests it. A public service is SERVING while at least one of its instanc
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mesh.cluster.mirror import Mirror
 from mesh.process.watched import Watched
 from mesh.rpc.interceptors import Context
-from services.coord.cluster import Cluster, cluster_of
+from services.coord.cluster import Cluster, LiveCluster
 from shoal.errors import NotFound
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -40,7 +41,9 @@ class MeshHealth(health_pb2_grpc.HealthServicer):
     def __init__(self, mirror: Mirror, services: Mapping[str, str]) -> None:
         self._mirror = mirror
         self._services = services
+        self._cluster = LiveCluster(mirror)
         self._is_up = Watched(False)
+        self._turn = asyncio.Lock()
 
     def serve(self) -> None:
         """Report coord as SERVING."""
@@ -65,6 +68,9 @@ class MeshHealth(health_pb2_grpc.HealthServicer):
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         last: int | None = None
         async for _ in self._changes(request.service):
+            # Thousands may watch, and all are notified at the same time: other calls go on between two of them.
+            async with self._turn:
+                await asyncio.sleep(0)
             status = self._status(request.service)
             if status != last:
                 yield health_pb2.HealthCheckResponse(status=status)
@@ -74,4 +80,4 @@ class MeshHealth(health_pb2_grpc.HealthServicer):
         return self._is_up.follow() if name == "" else self._mirror.follow()
 
     def _status(self, name: str) -> int:
-        return status_of(name, cluster_of(self._mirror.copy), self._services, self._is_up.value)
+        return status_of(name, self._cluster.now, self._services, self._is_up.value)

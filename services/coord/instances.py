@@ -9,9 +9,9 @@ from dataclasses import replace
 from mesh.cluster.election import Leader
 from mesh.cluster.etcd import Etcd
 from mesh.cluster.membership import Instance
-from mesh.cluster.mirror import Copy, Mirror
+from mesh.cluster.mirror import Mirror
 from mesh.rpc.places import Places
-from services.coord.cluster import Cluster, cluster_of
+from services.coord.cluster import Cluster, LiveCluster, cluster_of
 from services.coord.drains import encode, key_of, mark_of, resolve
 from shoal.errors import Unavailable
 
@@ -26,20 +26,14 @@ class Instances:
     def __init__(self, etcd: Etcd, mirror: Mirror) -> None:
         self._etcd = etcd
         self._mirror = mirror
-        self._latest = self._mirror.copy, cluster_of(self._mirror.copy)
+        self._cluster = LiveCluster(mirror)
         self._places = Places(_MAX_WATCHES, "watches")
         self._turn = asyncio.Lock()
 
     @property
     def cluster(self) -> Cluster:
         """Latest view of the cluster."""
-        return self._cluster(self._mirror.copy)
-
-    def _cluster(self, copy: Copy) -> Cluster:
-        # A copy of hundreds of instances takes milliseconds to parse, and all watchers follow the same.
-        if self._latest[0] is not copy:
-            self._latest = copy, cluster_of(copy)
-        return self._latest[1]
+        return self._cluster.now
 
     async def watch(self, service: str, tenant: str | None = None) -> AsyncGenerator[Cluster, None]:
         """Yield the current view, and again after each change of `service`; an empty name watches all services.
@@ -53,7 +47,7 @@ class Instances:
                 # All watchers are notified at the same time: other calls go on between two of them.
                 async with self._turn:
                     await asyncio.sleep(0)
-                    cluster = self._cluster(copy)
+                    cluster = self._cluster.of(copy)
                     shown = cluster.of_service(service)
                     now = (shown, frozenset(i.name for i in shown) & cluster.drained, cluster.stale)
                 is_new = now != last
