@@ -72,6 +72,17 @@ def test_tokens_go_to_no_service_and_expire(signer: Signer) -> None:
         assert provider["forward"] is False
 
 
+@pytest.mark.parametrize(("issuers", "cached"), [(1, 1024), (2, 512), (16, 64)])
+def test_the_verified_tokens_that_envoy_keeps_have_one_bound_together(
+    signer: Signer, issuers: int, cached: int
+) -> None:
+    """Each is kept for good, with up to 45 times its size, by each thread: 2,048 of each issuer filled the heap."""
+    several = [issuer(signer, issuer=f"issuer-{number}") for number in range(issuers)]
+    providers = access.callers(policy(signer, issuers=several), SERVICES)["providers"]
+    caches = [provider["jwt_cache_config"] for name, provider in providers.items() if name != "nobody"]
+    assert caches == [{"jwt_cache_size": cached, "jwt_max_token_size": 2048}] * issuers
+
+
 def test_every_path_needs_a_token_unless_its_group_is_open(signer: Signer) -> None:
     closed = access.callers(policy(signer), SERVICES)["rules"]
     assert all("requires" in rule for rule in closed)
