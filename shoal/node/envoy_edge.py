@@ -67,6 +67,10 @@ _MAX_FRAMES = 1 << 30
 # A request is held until its response begins, for a retry at another worker. Larger requests are not retried.
 _RETRY_BYTES = 1 << 20
 
+# Longest time without progress of streams: a year. When the heap is full it is a second (shoal.node.envoy_overload), so
+# that idle streams cannot keep it full. Inferences take their time.
+_UNTIL_FULL = "31536000s"
+
 _NOTICE_S = 0.3
 # Time from the begin of a stop for clients to read the last responses, and after the workers' end. A client that does
 # not read may not delay the stop.
@@ -218,7 +222,11 @@ def _virtual_host(is_sticky: bool) -> dict[str, Any]:
         "routes": [
             {"match": {"prefix": "/", "headers": [web.TEXT_CALL]}, "route": _route(is_sticky)},
             # Streams use other connections to the workers: thousands that begin at once do not delay plain calls.
-            {"match": {"path": MODEL_STREAM_INFER}, "route": {**others, "priority": "HIGH"}},
+            {
+                "match": {"path": MODEL_STREAM_INFER},
+                "route": {**others, "priority": "HIGH", "idle_timeout": _UNTIL_FULL},
+            },
+            {"match": {"prefix": "/grpc."}, "route": {**others, "idle_timeout": _UNTIL_FULL}},
             {"match": {"prefix": "/"}, "route": others},
         ],
     }

@@ -72,6 +72,21 @@ def test_tokens_go_to_no_service_and_expire(signer: Signer) -> None:
         assert provider["forward"] is False
 
 
+@pytest.mark.parametrize(
+    ("signers", "issuers", "keys", "tokens"), [(1, 1, 2048, 1024), (2, 0, 1024, 0), (0, 2, 0, 512), (1, 15, 2048, 68)]
+)
+def test_the_verified_tokens_that_envoy_keeps_have_a_bound(
+    signer: Signer, signers: int, issuers: int, keys: int, tokens: int
+) -> None:
+    """Each is kept for good, with up to 45 times its size, by each thread: 2,048 of each issuer filled the heap."""
+    prefixes = ["shoal_"] * signers + [""] * issuers
+    several = [issuer(signer, issuer=f"issuer-{n}", token_prefix=prefix) for n, prefix in enumerate(prefixes)]
+    providers = access.callers(policy(signer, issuers=several), SERVICES)["providers"]
+    caches = [provider["jwt_cache_config"] for name, provider in providers.items() if name != "nobody"]
+    sizes = [keys] * signers + [tokens] * issuers
+    assert caches == [{"jwt_cache_size": size, "jwt_max_token_size": 2048} for size in sizes]
+
+
 def test_every_path_needs_a_token_unless_its_group_is_open(signer: Signer) -> None:
     closed = access.callers(policy(signer), SERVICES)["rules"]
     assert all("requires" in rule for rule in closed)

@@ -83,7 +83,7 @@ def test_only_calls_that_no_worker_has_begun_are_retried() -> None:
     assert retry["retry_on"] == "connect-failure,refused-stream"
     assert 1 <= retry["num_retries"] <= 3
     assert [one["name"] for one in retry["retry_host_predicate"]] == ["envoy.retry_host_predicates.previous_hosts"]
-    _, text, streams, _ = manager_of(made())["route_config"]["virtual_hosts"][0]["routes"]
+    _, text, streams, *_ = manager_of(made())["route_config"]["virtual_hosts"][0]["routes"]
     assert text["match"]["headers"] == [web.TEXT_CALL]
     assert "retry_policy" not in text["route"]
     assert (streams["route"]["priority"], streams["route"]["retry_policy"]) == ("HIGH", retry)
@@ -104,6 +104,14 @@ def test_calls_end_by_their_own_deadlines_only() -> None:
     assert (route["timeout"], route["idle_timeout"]) == ("0s", "0s")
     assert "max_stream_duration" not in route, "the worker ends a call at its deadline"
     assert manager_of(made())["stream_idle_timeout"] == "0s"
+
+
+def test_streams_but_inferences_end_without_progress_when_the_heap_of_envoy_is_full() -> None:
+    """A timeout of a year is a second then (shoal.node.envoy_overload)."""
+    routes = manager_of(made())["route_config"]["virtual_hosts"][0]["routes"]
+    timeouts = {next(iter(each["match"].values())): each["route"]["idle_timeout"] for each in routes if "route" in each}
+    a_year = f"{365 * 86_400}s"
+    assert timeouts == {"/": "0s", "/inference.GRPCInferenceService/ModelStreamInfer": a_year, "/grpc.": a_year}
 
 
 def test_no_caller_is_internal() -> None:
