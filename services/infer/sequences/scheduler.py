@@ -354,8 +354,9 @@ class SequenceScheduler:
         """Fail the steps that have expired, and close the sequences that were idle for too long."""
         expired, idle = list(self.table.expire(now)), self.table.close_idle(now, all_idle=self._is_closing)
         for step in expired:
+            error = self._no_slot_error() if step.waits_for_slot else self._expired_error()
             self._reject_unknown(self.table.drop(step, now))
-            self._settle(step, self._expired_error())
+            self._settle(step, error)
         for sequence in idle:
             log.debug("model %s: sequence %r was idle for too long and is closed", self._name, sequence.id)
         if expired or idle:
@@ -367,6 +368,13 @@ class SequenceScheduler:
 
     def _expired_error(self) -> DeadlineExceeded:
         return DeadlineExceeded(f"Request timeout expired in the queue of model '{self._name}': it was not executed")
+
+    def _no_slot_error(self) -> DeadlineExceeded:
+        slots = self._settings.slots * self._instances
+        return DeadlineExceeded(
+            f"Request timeout expired in the queue of model '{self._name}': it was not executed, "
+            f"because other sequences held all slots ({slots}) until then"
+        )
 
     def _set_timer(self, at: float, now: float) -> None:
         """Dispatch again at `at`, unless a timer is set for an earlier time."""

@@ -432,6 +432,17 @@ def test_with_preserve_ordering_a_slow_step_of_a_tenant_delays_no_answer_to_anot
     run(scene())
 
 
+def test_a_sequence_that_got_no_slot_in_time_says_so():
+    async def scene() -> None:
+        bench = Bench(settings(slots=2))
+        async with bench.scheduler:
+            await asyncio.gather(*(bench.total(step(id, start=True)) for id in (1, 2)))
+            said = await refused(DeadlineExceeded, bench.total(step(3, start=True, timeout_us=5000)))
+            assert said.endswith("it was not executed, because other sequences held all slots (2) until then")
+
+    run(scene())
+
+
 def test_states_beyond_the_memory_of_their_tenant_are_not_kept():
     async def scene() -> None:
         account = MemoryAccount(10 * 8)

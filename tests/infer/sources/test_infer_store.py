@@ -20,6 +20,7 @@ from shoal.store.v1 import store_pb2, store_pb2_grpc
 from tests.breakable import Process, until
 from tests.infer import onnx_files
 from tests.infer.conftest import floats, output, request
+from tests.infer.test_infer_process import serves
 
 pytestmark = pytest.mark.mongo
 
@@ -167,6 +168,33 @@ async def test_models_come_from_the_store_and_go_with_it(node):
             await node.until_outcome("m", "NOT_FOUND")
         assert node.infer.terminate() == 0
     assert not list((node.cache / "open" / "infer-0").iterdir())
+
+
+# `python -m services.infer`, whose start does not wait half a minute for the first load of each model.
+IMPATIENT = """
+import runpy
+from services.infer import app
+app._START_S = 0.5
+runpy.run_module("services.infer", run_name="__main__")
+"""
+
+
+async def test_a_model_whose_load_does_not_end_keeps_no_other_from_being_served(node, python):
+    with node.store:
+        await until(node.is_store_reachable, "store")
+        await node.push("endless", onnx_files.endless())
+        await node.push("m", onnx_files.scale(2))
+        infer = node.infer_with()
+        infer._argv = [python, "-c", IMPATIENT]
+        with infer:
+            async with connect(node.infer_at) as channel:
+                await until(lambda: serves(channel), "infer serving")
+            await node.until_outcome("m", ("1", 2.0))
+            assert await node.outcome("endless") == "UNAVAILABLE"
+            await node.push("later", onnx_files.scale(3))
+            await node.until_outcome("later", ("1", 3.0))
+            await node.remove("endless")
+            await node.until_outcome("endless", "NOT_FOUND")
 
 
 @pytest.mark.etcd

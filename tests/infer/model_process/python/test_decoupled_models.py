@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -14,6 +15,10 @@ import pytest
 
 from services.infer import metrics
 from services.infer.core import InferenceServer
+from services.infer.model_process import poison
+from services.infer.model_process.poison import fingerprint
+from services.infer.requests.request import InferenceRequest
+from services.infer.scheduling import decoupled
 from shoal.errors import DeadlineExceeded, ResourceExhausted, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.breakable import until
@@ -246,6 +251,27 @@ async def test_a_crash_is_reported_and_the_request_is_not_retried(repo, serve):
         return [a.error_message for a in await collected(serving.stub, count(2))] == ["", ""]
 
     await until(is_back)
+
+
+async def test_large_inputs_are_compared_with_those_of_a_crash_beside_the_event_loop(repo, serve, monkeypatch):
+    monkeypatch.setattr(decoupled, "_LONG_BYTES", 0)
+    on_threads: list[bool] = []
+
+    def observed(request: InferenceRequest) -> bytes:
+        on_threads.append(threading.current_thread() is not threading.main_thread())
+        return fingerprint(request)
+
+    monkeypatch.setattr(poison, "fingerprint", observed)
+    repo.python("count", COUNT, COUNT_CONFIG)
+    serving = await serve()
+    assert "process died" in (await collected(serving.stub, count(701, "k")))[-1].error_message
+
+    async def is_rejected() -> bool:
+        return "it is rejected for" in (await collected(serving.stub, count(701, "k")))[-1].error_message
+
+    await until(is_rejected)
+    assert on_threads
+    assert all(on_threads)
 
 
 @pytest.mark.parametrize("most", [1, 2])
