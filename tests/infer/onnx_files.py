@@ -78,6 +78,36 @@ def endless() -> onnx.ModelProto:
     )
 
 
+def counting() -> onnx.ModelProto:
+    """y = n, after a loop of n rounds."""
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["goes"]), helper.make_node("Add", ["v", "one"], ["w"])],
+        "body",
+        [
+            helper.make_tensor_value_info("round", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("v", TensorProto.INT64, [1]),
+        ],
+        [
+            helper.make_tensor_value_info("goes", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("w", TensorProto.INT64, [1]),
+        ],
+    )
+    return model(
+        [
+            helper.make_node("Squeeze", ["n"], ["rounds"]),
+            helper.make_node("Loop", ["rounds", "true", "zero"], ["y"], body=body),
+        ],
+        [("n", TensorProto.INT64, (1,))],
+        [("y", TensorProto.INT64, (1,))],
+        [
+            numpy_helper.from_array(np.array(True), "true"),
+            numpy_helper.from_array(np.array([0]), "zero"),
+            numpy_helper.from_array(np.array([1]), "one"),
+        ],
+    )
+
+
 def lookup() -> onnx.ModelProto:
     """y = table[i], of 3 entries: raises for any other index."""
     return model(

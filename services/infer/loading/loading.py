@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mesh.rest.plain_json import as_json
-from services.infer.loading import model_config, onnx_graph, privileges, warmup
+from services.infer.loading import model_config, privileges, warmup
 from services.infer.loading.model_config import Completed
 from services.infer.model_files.wanted_models import ModelFiles, read_text
 from services.infer.model_process.python_runtime import PythonRuntime
 from services.infer.requests.signature import TensorSpec
-from services.infer.runtimes import onnx_settings
+from services.infer.runtimes import onnx_graph, onnx_settings
 from services.infer.runtimes.choice import Runtimes
 from services.infer.runtimes.given_up import GivenUp
 from services.infer.runtimes.reshape import ReshapedSession, reshapes_of

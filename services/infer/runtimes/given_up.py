@@ -1,4 +1,4 @@
-"""Signal that ends a load: nobody wants the model any more, or loading takes too long."""
+"""Signal that ends a load or a run: nobody wants the model or the results any more, or it takes too long."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from contextlib import contextmanager
 
 
 class GivenUp:
-    """Signal to the thread of one load. Any thread may use it."""
+    """Signal to the thread of one load or run. Any thread may use it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[], None]] = []
         self.reason = ""
-        """Reason of the end; empty until the load is given up."""
+        """Reason of the end; empty until then."""
 
     def __call__(self) -> bool:
-        """Return True once the load is given up."""
+        """Return True once it is given up."""
         return bool(self.reason)
 
     def set(self, reason: str = "the model was unloaded while it was loading") -> None:
-        """Give the load up, for the first reason."""
+        """Give up, for the first reason."""
         with self._lock:
             self.reason = self.reason or reason
             callbacks = list(self._callbacks)
@@ -30,7 +30,7 @@ class GivenUp:
 
     @contextmanager
     def calling(self, callback: Callable[[], None]) -> Iterator[None]:
-        """Call `callback` when the load is given up in the block, or was before it, on the thread that gives it up."""
+        """Call `callback` when the block is given up, or was before it, on the thread that gives it up."""
         with self._lock:
             self._callbacks.append(callback)
             is_late = bool(self.reason)
@@ -44,7 +44,7 @@ class GivenUp:
 
     @contextmanager
     def after(self, seconds: float) -> Iterator[None]:
-        """Give the load up when the block takes longer."""
+        """Give up when the block takes longer."""
         timer = threading.Timer(seconds, self.set, (f"loading took more than {seconds:g} s",))
         timer.daemon = True
         timer.start()

@@ -9,6 +9,7 @@ import queue
 from collections.abc import Mapping, Sequence
 
 from services.infer.requests.tensors import Tensor
+from services.infer.runtimes.given_up import GivenUp
 from services.infer.runtimes.runtime import Session
 
 
@@ -20,6 +21,7 @@ class MultiDeviceSession(Session):
         first = sessions[0][0]
         self.inputs, self.outputs, self.text = first.inputs, first.outputs, first.text
         self.optional_inputs = first.optional_inputs
+        self.may_not_end = first.may_not_end
         self.gpus = tuple(gpu for session, _ in sessions for gpu in session.gpus)
         self._sessions = tuple(session for session, _ in sessions)
         self._free: queue.SimpleQueue[Session] = queue.SimpleQueue()
@@ -33,6 +35,13 @@ class MultiDeviceSession(Session):
         session = self._free.get()
         try:
             return session.run(inputs, outputs)
+        finally:
+            self._free.put(session)
+
+    def run_until(self, inputs: Mapping[str, Tensor], outputs: Sequence[str], given_up: GivenUp) -> list[Tensor]:
+        session = self._free.get()
+        try:
+            return session.run_until(inputs, outputs, given_up)
         finally:
             self._free.put(session)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import onnxruntime
 
-from services.infer.runtimes import gpus, onnx_arena, onnx_devices
+from services.infer.runtimes import gpus, onnx_arena, onnx_devices, onnx_graph
 from services.infer.runtimes.given_up import GivenUp
 from services.infer.runtimes.gpu_stream import GpuStreams
 from services.infer.runtimes.multi_device import MultiDeviceSession
@@ -62,7 +62,8 @@ class OnnxRuntime:
 
     def _on(self, device: Device, file: Path, options: SessionOptions, runs: int) -> OnnxSession:
         if device.gpu is None or not options.shares_stream:
-            return OnnxSession(_session(file, options, device), options.run_entries, device.gpu)
+            session, may_not_end = _session(file, options, device), bool(onnx_graph.operator_by_values(file))
+            return OnnxSession(session, options.run_entries, device.gpu, may_not_end=may_not_end)
         gpu_stream = self._gpu_streams.of(device.gpu)
         if gpu_stream.memory.name == "cuda":
             device = device.with_option(CUDA, "user_compute_stream", str(gpu_stream.stream.ptr))

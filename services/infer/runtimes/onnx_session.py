@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from services.infer.error_text import quoted
 from services.infer.requests.signature import TensorSpec
 from services.infer.requests.tensors import Tensor
 from services.infer.runtimes import onnx_arena
+from services.infer.runtimes.given_up import GivenUp
 from services.infer.runtimes.runtime import ModelFailed, Session
 from shoal.errors import FailedPrecondition
 from shoal.oip.datatypes import BY_NAME, Datatype
@@ -54,20 +55,30 @@ class OnnxSession(Session):
 
     text = True
 
-    def __init__(self, session: Any, run_entries: Mapping[str, str] | None = None, gpu: int | None = None) -> None:
+    def __init__(
+        self,
+        session: Any,
+        run_entries: Mapping[str, str] | None = None,
+        gpu: int | None = None,
+        *,
+        may_not_end: bool = False,
+    ) -> None:
         """Read the signature of `session`.
 
         Args:
             run_entries: ONNX Runtime's settings for each run.
             gpu: number of the session's GPU; None: the CPU.
+            may_not_end: the model has an operator whose time depends on values.
 
         Raises:
             FailedPrecondition: an input or output is not a tensor of a known datatype.
         """
         self.gpus = () if gpu is None else (gpu,)
         # A thread that runs the model on a GPU waits for the GPU.
-        self.only_computes = gpu is None
-        self._run_options = _run_options(run_entries or {})
+        self.only_computes = gpu is None and not may_not_end
+        self.may_not_end = may_not_end
+        self._entries = dict(run_entries or {})
+        self._run_options = _run_options(self._entries)
         # Initializers among the file's inputs have themselves as default: a configuration may declare them as inputs.
         self.optional_inputs = tuple(
             replace(_spec(arg, "input"), is_optional=True) for arg in session.get_overridable_initializers()
@@ -83,13 +94,22 @@ class OnnxSession(Session):
         self._datatypes = {spec.name: spec.datatype for spec in self.specs}
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
+        return self._run_with(inputs, outputs, self._run_options)
+
+    def run_until(self, inputs: Mapping[str, Tensor], outputs: Sequence[str], given_up: GivenUp) -> list[Tensor]:
+        options = _run_options(self._entries)
+        # Every node looks at this, those of loops too.
+        with given_up.calling(partial(setattr, options, "terminate", True)):
+            return self._run_with(inputs, outputs, options)
+
+    def _run_with(self, inputs: Mapping[str, Tensor], outputs: Sequence[str], options: Any) -> list[Tensor]:
         try:
-            results = self._run_once(inputs, outputs)
+            results = self._run_once(inputs, outputs, options)
         # ONNX Runtime's exceptions have no common class.
         except Exception as err:
             if not onnx_arena.is_full(err):
                 raise ModelFailed(plain(err)) from err
-            results = self._run_in_shrunk_arena(inputs, outputs)
+            results = self._run_in_shrunk_arena(inputs, outputs, options)
         if self._needs_ort_values:
             return results
         for n, result in enumerate(results):
@@ -99,28 +119,26 @@ class OnnxSession(Session):
                     results[n] = result.copy()
         return results
 
-    def _run_once(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
+    def _run_once(self, inputs: Mapping[str, Tensor], outputs: Sequence[str], options: Any) -> list[Tensor]:
         if self._needs_ort_values:
-            return self._run_ort_values(inputs, outputs)
+            return self._run_ort_values(inputs, outputs, options)
         feed = inputs if isinstance(inputs, dict) else dict(inputs)
-        results: list[Tensor] = self._run(
-            outputs if isinstance(outputs, list) else list(outputs), feed, self._run_options
-        )
+        results: list[Tensor] = self._run(outputs if isinstance(outputs, list) else list(outputs), feed, options)
         return results
 
-    def _run_in_shrunk_arena(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
+    def _run_in_shrunk_arena(self, inputs: Mapping[str, Tensor], outputs: Sequence[str], options: Any) -> list[Tensor]:
         # Regions that earlier runs have left may be too small, each by itself.
         self.shrink()
         try:
-            return self._run_once(inputs, outputs)
+            return self._run_once(inputs, outputs, options)
         except Exception as err:
             # What the run has got would be missing elsewhere.
             self.shrink()
             raise ModelFailed(plain(err)) from err
 
-    def _run_ort_values(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
+    def _run_ort_values(self, inputs: Mapping[str, Tensor], outputs: Sequence[str], options: Any) -> list[Tensor]:
         feed = {name: _ort_value(array, self._datatypes[name]) for name, array in inputs.items()}
-        return [_array(value) for value in self._session.run_with_ort_values(list(outputs), feed, self._run_options)]
+        return [_array(value) for value in self._session.run_with_ort_values(list(outputs), feed, options)]
 
     def shrink(self) -> None:
         """Free the parts of the CPU's arena that no run uses. A run that is terminated at once does it, and no node."""
@@ -132,7 +150,6 @@ class OnnxSession(Session):
             run([self.outputs[0].name], {spec.name: _least(spec) for spec in self.inputs}, _shrinking())
 
     def interrupt(self) -> None:
-        # Every node looks at this, those of loops too.
         self._run_options.terminate = True
 
     def close(self) -> None:

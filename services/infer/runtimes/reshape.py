@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from services.infer.requests.signature import TensorSpec, fits
 from services.infer.requests.tensors import Tensor
+from services.infer.runtimes.given_up import GivenUp
 from services.infer.runtimes.runtime import ModelFailed, Session
 from shoal.errors import FailedPrecondition
 from shoal.oip.tensors import shape_text
@@ -113,13 +114,21 @@ class ReshapedSession(Session):
             _seen(spec, self._inputs.get(spec.name), is_input=True) for spec in session.optional_inputs
         )
         self.text, self.gpus, self.only_computes = session.text, session.gpus, session.only_computes
+        self.may_not_end = session.may_not_end
         self._device_sessions = [
             self if each is session else ReshapedSession(each, reshapes) for each in session.device_sessions()
         ]
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
-        reshaped = {name: self._reshaped(self._inputs, name, array) for name, array in inputs.items()}
-        results = self._session.run(reshaped, outputs)
+        return self._results(self._session.run(self._reshaped_all(inputs), outputs), outputs)
+
+    def run_until(self, inputs: Mapping[str, Tensor], outputs: Sequence[str], given_up: GivenUp) -> list[Tensor]:
+        return self._results(self._session.run_until(self._reshaped_all(inputs), outputs, given_up), outputs)
+
+    def _reshaped_all(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self._reshaped(self._inputs, name, array) for name, array in inputs.items()}
+
+    def _results(self, results: Sequence[Tensor], outputs: Sequence[str]) -> list[Tensor]:
         return [self._reshaped(self._outputs, name, array) for name, array in zip(outputs, results, strict=True)]
 
     @staticmethod
@@ -128,6 +137,9 @@ class ReshapedSession(Session):
 
     def device_sessions(self) -> Sequence[Session]:
         return self._device_sessions
+
+    def interrupt(self) -> None:
+        self._session.interrupt()
 
     def shrink(self) -> None:
         self._session.shrink()

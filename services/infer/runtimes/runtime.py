@@ -137,6 +137,8 @@ class Session(ABC):
     """The session applies the `reshape` of the configuration itself: its shapes are those of the clients."""
     only_computes: bool = False
     """A run computes and never waits: a short run may be made on the event loop."""
+    may_not_end: bool = False
+    """The values of inputs decide how long a run takes. It can be given up."""
     gpus: tuple[int, ...] = ()
     """Numbers of the GPUs that the model runs on; empty: the CPU, or unknown."""
     gpu_stream: GpuStream | None = None
@@ -153,6 +155,10 @@ class Session(ABC):
         Raises:
             ModelFailed: the model cannot process these inputs.
         """
+
+    def run_until(self, inputs: Mapping[str, Tensor], outputs: Sequence[str], given_up: GivenUp) -> list[Tensor]:
+        """As `run`, and fail early once the run is given up. Only with `may_not_end`."""
+        raise NotImplementedError("this session does not support run_until")
 
     def run_rows(self, inputs: Mapping[str, Value], outputs: Sequence[str], stay: Collection[str] = ()) -> RowResults:
         """Run the model row by row; ragged inputs are `Rows`. Only with `takes_rows`.

@@ -46,6 +46,8 @@ class JournaledExecution:
         self._model = model
         self.tally = execution.tally
         self.may_run_on_loop = execution.may_run_on_loop
+        self.may_not_end = execution.may_not_end
+        self.give_up = execution.give_up
 
     def run(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
         model = self._model

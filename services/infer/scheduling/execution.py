@@ -23,6 +23,7 @@ from services.infer.requests.request import InferenceRequest, RunningRequest
 from services.infer.requests.resident import is_resident, joined
 from services.infer.requests.signature import Signature
 from services.infer.requests.tensors import Tensor
+from services.infer.runtimes.given_up import GivenUp
 from services.infer.runtimes.runtime import ModelFailed, Session
 from services.infer.scheduling.bisection import Bisection
 from shoal.errors import DeadlineExceeded, Internal
@@ -56,6 +57,11 @@ class Executor(Protocol):
 
     tally: Tally
     may_run_on_loop: bool
+    may_not_end: bool
+    """True when values decide how long a run takes: it is to be given up when no caller waits any more."""
+
+    def give_up(self) -> None:
+        """End the run in progress early; its requests fail. Called while one is. Only with `may_not_end`."""
 
     def run(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
         """Return one outcome for each item, in order. Never raises."""
@@ -74,10 +80,17 @@ class Execution:
         self.tally = Tally()
         self.may_run_on_loop = session.only_computes
         """True when the model only computes: a short run may block the event loop."""
+        self.may_not_end = session.may_not_end
+        self._given_up = GivenUp()
+
+    def give_up(self) -> None:
+        self._given_up.set("no caller waits")
 
     def run(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
         """Return one outcome for each item, in order. Never raises."""
         outcomes: list[Outcome] = []
+        if self._given_up():
+            self._given_up = GivenUp()
         try:
             try:
                 outcomes = self._run(batch)
@@ -183,6 +196,8 @@ class Execution:
 
     def _run_session(self, like: InferenceRequest, inputs: Mapping[str, Any], names: Sequence[str]) -> Sequence[Any]:
         """Return the model's outputs; `like` is any of the requests."""
+        if self.may_not_end:
+            return self._session.run_until(inputs, names, self._given_up)
         return self._session.run(inputs, names)
 
     def _buffer(self, name: str, like: Tensor, rows: int) -> Tensor:

@@ -52,6 +52,9 @@ _THREAD_HANDOFF_S = 150e-6
 # Running on the loop then delays only the few requests of other models.
 _LONE_HANDOFF_S = 500e-6
 
+# A run that may never end is looked at as often, for whether a caller still waits for it.
+_LOOK_S = 1.0
+
 # A run on the loop that takes longer has misled the forecast by 2 ms and more: see LoopCost.
 _STALL_S = 2.5e-3
 
@@ -181,7 +184,9 @@ class Scheduler:
         self._is_closing = self._is_ended = True
         self._end_queued()
         running, self._running = self._running, {}
-        for batch in running.values():
+        for worker, batch in running.items():
+            if worker.execution.may_not_end:
+                worker.execution.give_up()
             if batch.reserved:
                 _release_outputs(batch)
             for queued in batch.requests:
@@ -457,7 +462,18 @@ class Scheduler:
     def _run_on_worker(self, worker: Worker, batch: Batch, now: float) -> None:
         self._free_at[worker] = now + (self.cost.mean_of(batch.rows) or 0.0)
         self._running[worker] = batch
+        if worker.execution.may_not_end:
+            self._loop.call_later(_LOOK_S, self._give_up, worker, batch)
         worker.run(batch.requests, partial(self._on_batch_done, worker, batch, now))
+
+    def _give_up(self, worker: Worker, batch: Batch) -> None:
+        """Give up a run in progress for which no caller waits any more, else look again later."""
+        if self._running.get(worker) is not batch:
+            return
+        if all(queued.is_abandoned for queued in batch.requests):
+            worker.execution.give_up()
+        else:
+            self._loop.call_later(_LOOK_S, self._give_up, worker, batch)
 
     def _on_batch_done(
         self, worker: Worker, batch: Batch, started: float, outcomes: Sequence[Outcome], seconds: float

@@ -9,8 +9,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from bench.siege.models import wide
-from services.infer.loading import loading, onnx_graph, warmup
+from services.infer.loading import loading, warmup
 from services.infer.models.version import State
+from services.infer.runtimes import onnx_graph
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.infer import onnx_files
 from tests.infer.conftest import Repository, floats, output, request
@@ -115,6 +116,24 @@ def test_an_operator_is_told_from_a_name(tmp_path, monkeypatch, piece_bytes):
     options.add_session_config_entry("session.save_model_format", "ORT")
     onnxruntime.InferenceSession(tmp_path / "used.onnx", options, providers=["CPUExecutionProvider"])
     assert onnx_graph.dynamic_quantizer(tmp_path / "used.ort") == "DynamicQuantizeLinear"
+
+
+@pytest.mark.parametrize("piece_bytes", [1 << 20, 7])
+def test_an_operator_whose_time_depends_on_values_is_told_from_a_name(tmp_path, monkeypatch, piece_bytes):
+    monkeypatch.setattr(onnx_graph, "_PIECE_BYTES", piece_bytes)
+    model = onnx_files.identity()
+    model.graph.node[0].name = "Loop"
+    model.graph.node[0].input[0] = model.graph.input[0].name = "Loop"
+    (tmp_path / "named.onnx").write_bytes(model.SerializeToString())
+    (tmp_path / "used.onnx").write_bytes(onnx_files.counting().SerializeToString())
+    (tmp_path / "empty.onnx").touch()
+    found = [onnx_graph.operator_by_values(tmp_path / f"{name}.onnx") for name in ("named", "used", "empty")]
+    assert found == ["", "Loop", ""]
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "used.ort")
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    onnxruntime.InferenceSession(tmp_path / "used.onnx", options, providers=["CPUExecutionProvider"])
+    assert onnx_graph.operator_by_values(tmp_path / "used.ort") == "Loop"
 
 
 async def test_the_configuration_overrides_the_finding(serve, models_folder: Repository):
