@@ -48,8 +48,8 @@ LAYERS = {
         fetch duties configurations gateway_policy presence traffic inference statistics cluster drains config
     """,
     "mesh": """
-        rest xds rpc http1 metrics h2 keyring cluster mongo_lease removal_guard mongo_clock change_tokens mongo
-        tenant_locations process
+        rest xds log_reads rpc http1 metrics h2 keyring cluster mongo_lease removal_guard mongo_clock change_tokens
+        mongo tenant_locations process
     """,
     "shoal": """
         cli node compress convert __init__ client discovery own_packages oip store ingest coord inference remote access

@@ -33,6 +33,7 @@ from mesh.rpc.interceptors import attached, status_of, translated
 from shoal.access.audit import (
     ACT,
     AUDITED,
+    AUDITED_AFTER,
     CONTENT_READS,
     OUTCOME,
     READ,
@@ -212,7 +213,8 @@ class Auditing:
         `asked` is the reason in the entries of an act that does not fail.
 
         Calls of other services are no acts: they belong to a call that was audited. The node's launcher, which makes a
-        key at the start, does so without an entry where the log cannot be written: the node may have no store.
+        key at the start, does so without an entry where the log cannot be written: the node may have no store. Acts of
+        `AUDITED_AFTER` have an outcome only, then: they may be needed before the log can be written.
 
         Raises:
             Unavailable: the audit log cannot be written.
@@ -227,14 +229,16 @@ class Auditing:
             try:
                 written = await self._written(event, may_retry=is_launcher)
             except (ShoalError, TimeoutError) as err:
-                if not is_launcher:
+                if not is_launcher and rpc not in AUDITED_AFTER:
                     raise Unavailable(f"the audit log cannot be written, so nothing was done: {_cause(err)}") from err
                 log.warning(
-                    "a call of %(method)s by the launcher is missing in the audit log: %(error)s",
-                    {"event": "audit.call_missing", "method": rpc, "error": _cause(err)},
+                    "a call of %(method)s by %(subject)s has no entry in the audit log before it is done: %(error)s",
+                    {"event": "audit.call_missing", "method": rpc, "subject": event.subject, "error": _cause(err)},
                 )
-                yield act
-                return
+                if is_launcher:
+                    yield act
+                    return
+                written, event = "", replace(event, reason="done while the audit log could not be written")
             outcome = replace(event, kind=OUTCOME, of=written)
             try:
                 yield act
@@ -286,12 +290,11 @@ class Auditing:
 
     async def _write(self, outcome: Event) -> None:
         try:
-            async with asyncio.timeout(_RECORD_S):
-                await self.log.record([outcome])
+            await self._written(outcome, may_retry=not outcome.of)
         except (ShoalError, TimeoutError) as err:
             log.warning(
                 "the outcome of %(entry)s is missing in the audit log: %(error)s",
-                {"event": "audit.outcome_missing", "entry": outcome.of, "error": _cause(err)},
+                {"event": "audit.outcome_missing", "entry": outcome.of or outcome.rpc, "error": _cause(err)},
             )
 
 

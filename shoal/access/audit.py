@@ -69,6 +69,9 @@ AUDITED: frozenset[str] = frozenset(
 )
 """Paths of the RPCs that are acts: they change models, settings, keys or policy."""
 
+AUDITED_AFTER: frozenset[str] = frozenset({"/shoal.coord.v1.CoordService/UndrainInstance"})
+"""Acts that are done where the audit log cannot be written, as while all stores are drained; the outcome is written."""
+
 _INGEST = "/shoal.ingest.v1.IngestService/"
 _STORE = "/shoal.store.v1.StoreService/"
 CONTENT_READS: frozenset[str] = frozenset(

@@ -9,8 +9,11 @@ import json
 import os
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from itertools import chain, product
+from types import SimpleNamespace
+from typing import Any, cast
 
 import bson
 import pytest
@@ -18,18 +21,23 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from grpc import StatusCode
 from pymongo import AsyncMongoClient
 
-from mesh import change_tokens
+from mesh import change_tokens, log_reads
+from mesh.mongo import Document
 from services.store.artifacts.object_blobs import ObjectBlobs
 from services.store.config import StoreConfig
+from services.store.documents import Collections
 from services.store.results import result_watch
 from services.store.results.large_responses import LargeResponses
 from services.store.results.read_gate import ReadGate
 from services.store.results.result_documents import BlobRef
 from services.store.results.result_rules import check_results
+from services.store.results.result_watch import ResultWatch
+from services.store.results.results import Results
 from shoal.errors import InvalidArgument
 from shoal.inference.v2 import inference_pb2 as oip
 from shoal.store.v1 import store_pb2 as pb
-from tests.breakable import until
+from tests.breakable import PATIENCE_S, until
+from tests.change_logs import Answers, Log
 from tests.store.conftest import Store, on_shared_loop, refused, running_store
 
 pytestmark = pytest.mark.mongo
@@ -555,6 +563,57 @@ async def test_a_limit_on_watches(config: StoreConfig) -> None:
         await put(store, result("j"))
         for call in open_:
             assert (await call.read()).result.job_id == "j"
+
+
+async def test_an_answer_of_mongodb_has_few_results_however_many_there_are(
+    store: Store, config: StoreConfig, mongo_uri: str
+) -> None:
+    call = watch(store)
+    token = (await call.read()).resume_token
+    call.cancel()
+    await put(store, *(result(f"j{number:02}") for number in range(50)))
+    answers = Answers()
+    client: AsyncMongoClient[Document]
+    async with AsyncMongoClient(mongo_uri, event_listeners=[answers], tz_aware=True) as client:
+        collections = Collections(client[config.database])
+        await collections.prepare()
+        watches = ResultWatch(client[config.database], collections, reading_results(), 1)
+        async with aclosing(watches.follow(pb.WatchResultsRequest(resume_token=token))) as items:
+            found = [(await anext(items))[0] for _ in range(51)]
+    assert [one.job_id for one in found if one] == [f"j{number:02}" for number in range(50)]
+    assert 1 < max(answers.changes) <= 4
+
+
+def reading_results() -> Results:
+    """Results that a watch reads; nothing else of them works."""
+    return Results(cast(Any, None), cast(Any, None), lambda: datetime.now(UTC))
+
+
+async def test_watches_that_are_behind_take_turns_and_new_ones_need_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Log()
+    watches = ResultWatch(
+        cast(Any, {"results": log}),
+        cast(Any, SimpleNamespace(results=SimpleNamespace(name="results"))),
+        reading_results(),
+        100,
+    )
+    token = change_tokens.encode({"_data": "82"})
+
+    async def follow(tenant: str, token: str) -> None:
+        async with aclosing(watches.follow(pb.WatchResultsRequest(tenant=tenant, resume_token=token))) as items:
+            async for _ in items:
+                pass
+
+    many = [asyncio.create_task(follow("many", token)) for _ in range(20)]
+    await until(lambda: log.behind == ["many"] * (log_reads.AT_ONCE // 2), "they read the log")
+    others = [asyncio.create_task(follow("other", token)), asyncio.create_task(follow("many", ""))]
+    await until(lambda: log.behind.count("other") == log.live == 1, "neither waits for them")
+    assert log.behind.count("many") == log_reads.AT_ONCE // 2
+    log.may_end.set()
+    await until(lambda: log.live == 22, "all wait for changes")
+    for task in (*many, *others):
+        task.cancel()
+    await asyncio.wait([*many, *others], timeout=PATIENCE_S)
 
 
 async def test_many_watches_do_not_starve_other_calls(store: Store) -> None:

@@ -17,21 +17,19 @@ separate connection pool, so that jobs never lack connections.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
 
-import pymongo
 from pymongo.asynchronous.change_stream import AsyncChangeStream
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import OperationFailure
 
-from mesh import change_tokens
+from mesh import change_tokens, log_reads
+from mesh.log_reads import LogReads
 from mesh.mongo import Document, decoded, next_change, translated
 from mesh.process.pauses import Pauses
 from mesh.rpc.places import Places
-from mesh.rpc.tenant_turns import TenantTurns
 from services.ingest.documents import WITHOUT_REQUEST, job_of
 from services.ingest.job import Job
 from services.ingest.job_scan import ScanPage, scan
@@ -41,17 +39,7 @@ from services.ingest.queries.watch import as_of
 from services.ingest.ulid import is_ulid
 from shoal.errors import InvalidArgument, Unavailable
 
-T = TypeVar("T")
-
 _AWAIT_MS = 1_000
-# A watch that resumes far back in the log gets no answer until MongoDB has read the log up to a change that matches, or
-# to its end: some 100,000 changes a second of a core.
-_BEHIND_AWAIT_MS = 10
-_BEHIND_S = 1_800.0
-READS_AT_ONCE = 4
-"""Reads of the log by watches that are behind, and of pages of existing jobs."""
-# MongoDB notices within this time that a client has left.
-_NOTICED_S = 0.5
 # An idle watch sends a token this often: a token older than MongoDB's log is useless.
 _HEARTBEAT_S = 10.0
 _LISTED_AT_ONCE = 200
@@ -92,7 +80,7 @@ class WatchMany:
         self._jobs = jobs
         self._places = Places(max_watches, "watches")
         self._pauses = Pauses()
-        self._turns = TenantTurns(READS_AT_ONCE, leaves_room=True)
+        self._reads = LogReads()
 
     async def follow(self, filter_: JobFilter, *, existing: bool, token: str) -> AsyncGenerator[WatchUpdate, None]:
         """Yield a first token, then the existing jobs (with `existing`, unless `token` is past them), then transitions.
@@ -134,7 +122,7 @@ class WatchMany:
     async def _listed(self, filter_: JobFilter, position: StreamPosition) -> AsyncGenerator[WatchUpdate, None]:
         after = position.listed or ""
         while True:
-            page = await self._in_turn(filter_.tenant, partial(self._existing, filter_, after))
+            page = await self._reads.read(filter_.tenant, partial(self._existing, filter_, after))
             for document in page.documents:
                 after = document["_id"]
                 yield WatchUpdate(_token(replace(position, listed=after), filter_), job_of(document), is_existing=True)
@@ -180,24 +168,13 @@ class WatchMany:
         """Return the stream of changes after `after`, which may be far behind, or near the end of the log."""
         if not is_behind:
             return await self._stream(filter_.pipeline(), after)
-        return await self._in_turn(
-            filter_.tenant, lambda: self._stream(filter_.pipeline(), after, await_ms=_BEHIND_AWAIT_MS)
+        return await self._reads.read(
+            filter_.tenant, lambda: self._stream(filter_.pipeline(), after, await_ms=log_reads.AWAIT_MS)
         )
 
     async def _next(self, tenant: str, stream: AsyncChangeStream[Document], *, is_behind: bool) -> Document | None:
         """Return the next change; None when there is none yet."""
-        return await self._in_turn(tenant, lambda: _next(stream)) if is_behind else await _next(stream)
-
-    async def _in_turn(self, tenant: str, read: Callable[[], Awaitable[T]]) -> T:
-        """Return what `read` reads of many jobs or changes. Tenants take turns."""
-        async with self._turns.take(tenant):
-            with pymongo.timeout(_BEHIND_S):
-                try:
-                    return await read()
-                except asyncio.CancelledError:
-                    # MongoDB reads on until it notices that nobody waits.
-                    await asyncio.sleep(_NOTICED_S)
-                    raise
+        return await self._reads.read(tenant, lambda: _next(stream)) if is_behind else await _next(stream)
 
     async def _stream(
         self, pipeline: list[Document], after: Document | None, *, await_ms: int = _AWAIT_MS

@@ -13,8 +13,8 @@ import grpc
 import pytest
 from pymongo import AsyncMongoClient
 from pymongo.asynchronous.collection import AsyncCollection
-from pymongo.monitoring import CommandFailedEvent, CommandListener, CommandStartedEvent, CommandSucceededEvent
 
+from mesh import log_reads
 from mesh.mongo import Document
 from services.ingest import job_scan
 from services.ingest.documents import JOBS as COLLECTION
@@ -24,6 +24,7 @@ from services.ingest.queries.filters import checked
 from services.ingest.queries.watch_many import WatchMany, WatchUpdate
 from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.breakable import PATIENCE_S, until
+from tests.change_logs import Answers, Log
 from tests.ingest.conftest import StartIngest
 from tests.ingest.faults import Client, FakeMesh, echo, failing, reached
 from tests.ingest.making import job
@@ -286,21 +287,6 @@ async def test_kills_of_those_who_tell_lose_nothing(own_mesh: FakeMesh, start_in
         await client.channel.close()
 
 
-class Answers(CommandListener):
-    """The number of changes in each answer of MongoDB."""
-
-    def __init__(self) -> None:
-        self.changes: list[int] = []
-
-    def started(self, event: CommandStartedEvent) -> None: ...
-
-    def succeeded(self, event: CommandSucceededEvent) -> None:
-        if event.command_name == "getMore":
-            self.changes.append(len(event.reply["cursor"]["nextBatch"]))
-
-    def failed(self, event: CommandFailedEvent) -> None: ...
-
-
 async def test_an_answer_of_mongodb_has_few_changes_however_many_there_are(
     jobs: AsyncCollection[Document], mongo_uri: str, mongo_database: str
 ) -> None:
@@ -353,51 +339,12 @@ async def test_watches_of_large_jobs_take_turns_with_other_work(monkeypatch: pyt
     assert max(map(len, "".join(order).split())) <= 3
 
 
-class Log:
-    """MongoDB's log: it is read to its end once the test lets it, by streams in the order of their begin."""
-
-    def __init__(self) -> None:
-        self.may_end = asyncio.Event()
-        self.behind: list[str] = []
-        self.live = 0
-        self.left: list[str] = []
-
-    async def watch(self, pipeline: list[Document], *, max_await_time_ms: int, **more: object) -> Stream:
-        return Stream(self, pipeline[1]["$match"]["fullDocument.tenant"], is_behind=max_await_time_ms < 100)
-
-
-class Stream:
-    """A stream of changes that has none."""
-
-    alive = True
-
-    def __init__(self, log: Log, tenant: str, *, is_behind: bool) -> None:
-        self._log, self._tenant, self._is_behind = log, tenant, is_behind
-        self.resume_token: Document = {"_data": "82"}
-
-    async def __aenter__(self) -> Stream:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None: ...
-
-    async def try_next(self) -> None:
-        if not self._is_behind:
-            self._log.live += 1
-            await asyncio.Event().wait()
-        self._log.behind.append(self._tenant)
-        try:
-            await self._log.may_end.wait()
-        except asyncio.CancelledError:
-            self._log.left.append(self._tenant)
-            raise
-
-
 async def test_watches_that_are_behind_take_turns_and_those_that_are_not_do_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     log = Log()
     watches = WatchMany(cast(Any, log), 100)
-    monkeypatch.setattr(module, "_NOTICED_S", 3_600.0)
+    monkeypatch.setattr(log_reads, "_NOTICED_S", 3_600.0)
 
     async def follow(tenant: str) -> None:
         filter_ = checked((), frozenset(), "", tenant, {})
@@ -406,15 +353,15 @@ async def test_watches_that_are_behind_take_turns_and_those_that_are_not_do_not(
             pass
 
     many = [asyncio.create_task(follow("many")) for _ in range(20)]
-    await until(lambda: len(log.behind) == module.READS_AT_ONCE // 2, "they read the log")
+    await until(lambda: len(log.behind) == log_reads.AT_ONCE // 2, "they read the log")
     other = asyncio.create_task(follow("other"))
     await until(lambda: "other" in log.behind, "the other tenant's reads the log")
-    assert log.behind.count("many") == module.READS_AT_ONCE // 2
+    assert log.behind.count("many") == log_reads.AT_ONCE // 2
     # MongoDB reads on for a client that has just left, so its place stays taken.
     many[0].cancel()
     await until(lambda: log.left == ["many"], "it has left")
     await asyncio.sleep(0)
-    assert log.behind.count("many") == module.READS_AT_ONCE // 2
+    assert log.behind.count("many") == log_reads.AT_ONCE // 2
     log.may_end.set()
     await until(lambda: log.live == 20, "all but the one that has left wait for changes")
     many[0].cancel()

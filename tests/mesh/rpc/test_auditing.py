@@ -19,7 +19,7 @@ from mesh.rpc.channel import connect
 from mesh.rpc.client.request import trace_metadata
 from mesh.rpc.server import Rpc, Server
 from shoal.access import tokens
-from shoal.access.audit import AUDITED, READS, Event
+from shoal.access.audit import AUDITED, AUDITED_AFTER, READS, Event
 from shoal.access.caller_header import LAUNCHER
 from shoal.access.rpc_groups import (
     ADMINISTER,
@@ -195,6 +195,22 @@ async def test_an_act_that_cannot_be_written_is_not_done(
     assert servicer.quotas == []
     # Reads go on.
     await stub.ListUsage(pb.ListUsageRequest(), metadata=caller(), timeout=30)
+
+
+async def test_an_act_that_the_log_may_need_first_is_done_and_written_after(
+    stub: Any, caller: Caller, log: Log, servicer: Servicer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auditing, "AUDITED_AFTER", {SET_QUOTA})
+    log.is_away = True
+    await _set(stub, "acme", caller())
+    assert servicer.quotas == ["acme"]
+    log.is_away = False
+
+    outcome = await log.ended()
+    assert (outcome.rpc, outcome.subject, outcome.target, outcome.code) == (SET_QUOTA, "ann", "acme", 0)
+    assert (outcome.of, outcome.reason) == ("", "done while the audit log could not be written")
+    assert len(log.events) == 1
+    assert AUDITED_AFTER <= AUDITED
 
 
 async def test_a_stream_that_its_caller_leaves_ends_as_cancelled(
